@@ -1,0 +1,119 @@
+"""The registry of backends, and the rule that picks one.
+
+A backend is a module with the functions of `isobn_kernels.reference`: ``train_forward``, ``compute_scale``,
+``apply_scale`` and ``train_backward``, and with ``unavailable_reason()`` and ``unsupported_reason(x)``, which say in
+words why it cannot run here or cannot take a tensor (None: it can). To add one, write the module and name it below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Protocol, cast
+
+from torch import Tensor
+
+# Fastest first: the order in which "auto" asks.
+_MODULES = {"cpu": "isobn_kernels.backends.cpu", "reference": "isobn_kernels.reference"}
+
+NAMES = tuple(_MODULES)
+
+# What "auto" means to this process, where it can run; read once, at import.
+_PREFERRED = os.environ.get("ISOBN_BACKEND", "auto")
+
+
+class Backend(Protocol):
+    """The functions of a backend; `isobn_kernels.reference` is the documentation of each."""
+
+    NAME: str
+
+    def unavailable_reason(self) -> str | None: ...
+    def unsupported_reason(self, x: Tensor) -> str | None: ...
+    def train_forward(
+        self,
+        x: Tensor,
+        running_cov: Tensor,
+        running_std: Tensor,
+        scale: Tensor,
+        num_batches_tracked: Tensor | None,
+        momentum: float,
+        eps: float,
+        beta: float,
+        bias_correction: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+    def compute_scale(
+        self,
+        running_cov: Tensor,
+        running_std: Tensor,
+        num_batches_tracked: Tensor | None,
+        momentum: float,
+        eps: float,
+        beta: float,
+        bias_correction: bool,
+    ) -> Tensor: ...
+    def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor: ...
+    def train_backward(
+        self,
+        dout: Tensor,
+        x: Tensor,
+        running_cov: Tensor,
+        running_std: Tensor,
+        scale: Tensor,
+        num_batches_tracked: Tensor | None,
+        momentum: float,
+        eps: float,
+        beta: float,
+        bias_correction: bool,
+    ) -> Tensor: ...
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend module called ``name``."""
+    return cast(Backend, importlib.import_module(_MODULES[name]))
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine, fastest first. Does not initialise CUDA.
+
+    Example:
+        >>> import isobn_kernels
+        >>> "reference" in isobn_kernels.available_backends()
+        True
+    """
+    return tuple(name for name in _MODULES if load(name).unavailable_reason() is None)
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is "auto" or the name of a backend."""
+    if backend != "auto" and backend not in _MODULES:
+        raise ValueError(f"backend must be one of {('auto', *_MODULES)}, got {backend!r}")
+
+
+def select(backend: str, x: Tensor) -> Backend:
+    """The backend called ``backend``, or for "auto" the fastest that can take ``x``.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the one asked for cannot run here or cannot take ``x``; says why and what to do.
+    """
+    if backend != "auto":
+        check_name(backend)
+        chosen = load(backend)
+        reason = chosen.unavailable_reason() or chosen.unsupported_reason(x)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} was asked for, but {reason}")
+        return chosen
+    for candidate in _auto_order():
+        if candidate.unsupported_reason(x) is None:
+            return candidate
+    raise AssertionError("the reference takes every tensor")
+
+
+@cache
+def _auto_order() -> tuple[Backend, ...]:
+    names = available_backends()
+    if _PREFERRED in names:
+        names = (_PREFERRED, *(name for name in names if name != _PREFERRED))
+    return tuple(load(name) for name in names)

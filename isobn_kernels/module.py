@@ -1,0 +1,188 @@
+"""`IsoBN`, the layer: state, its life through device moves, checkpoints and copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isobn_kernels import backends
+from isobn_kernels.functional import _check_hyperparameters, _compute_scale, isobn
+
+
+class IsoBN(nn.Module):
+    """Isotropic batch normalization of a sentence embedding, between the pooler output and dropout + classifier.
+
+    Each feature is multiplied by a scale that shrinks features of large deviation and features correlated with many
+    others, and keeps the total variance. Nothing is learned: the scale follows from moving averages of the batch
+    covariance and deviation, updated in training. Evaluation applies the scale of the last training step; an
+    untrained module is the identity.
+
+    Args:
+        num_features: D, the size of the last dimension of the input.
+        eps: added before the power and to the scaled variance; above 0.
+        momentum: weight of a batch in the moving averages, in [0, 1].
+        beta: strength of the correction; 0 is none.
+        bias_correction: divide the statistics by ``1 - (1 - momentum) ** num_batches_tracked``, as Adam does.
+        stop_gradient: treat the scale as a constant in the backward, as the paper does.
+        process_group: statistics over the ranks of a `torch.distributed` group; not available yet.
+        backend: "auto", or a name from `isobn_kernels.available_backends`.
+        device: of the buffers.
+
+    Shape:
+        Input and output: (..., num_features); float16, bfloat16 or float32, or float64 after ``.double()``.
+
+    Attributes:
+        running_cov: (num_features, num_features) float32 buffer.
+        running_std: (num_features,) float32 buffer.
+        scale: (num_features,) float32 buffer, what evaluation multiplies by.
+        num_batches_tracked: () int64 buffer, the number of updates.
+
+    The statistics stay float32 through ``.half()``, ``.bfloat16()`` and ``.to(half dtype)``.
+
+    Raises:
+        TypeError, ValueError: an argument or the input is not as described; the statistics are untouched.
+        RuntimeError: ``backend`` cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from isobn_kernels import IsoBN
+        >>> head = torch.nn.Sequential(IsoBN(384), torch.nn.Dropout(0.1), torch.nn.Linear(384, 2))
+        >>> head(torch.randn(16, 384)).shape
+        torch.Size([16, 2])
+        >>> head[0]
+        IsoBN(384, eps=0.001, momentum=0.05, beta=0.5)
+
+    Source: Zhou, Lin and Ren, AAAI 2021, https://arxiv.org/abs/2005.02178; equations in `isobn_kernels.reference`.
+    """
+
+    running_cov: Tensor
+    running_std: Tensor
+    scale: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-3,
+        momentum: float = 0.05,
+        beta: float = 0.5,
+        *,
+        bias_correction: bool = False,
+        stop_gradient: bool = True,
+        process_group: Any = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_features, bool) or not isinstance(num_features, int):
+            raise TypeError(f"num_features must be an int, got {type(num_features).__name__}")
+        if num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        _check_hyperparameters(momentum, eps, beta)
+        backends.check_name(backend)
+        if process_group is not None:
+            raise NotImplementedError("process_group: statistics across ranks are not available yet; pass None")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.beta = beta
+        self.bias_correction = bias_correction
+        self.stop_gradient = stop_gradient
+        self.process_group = process_group
+        self.backend = backend
+        # float32 whatever the default dtype: the statistics of a half-precision model are float32.
+        for name, shape in (("running_cov", (num_features, num_features)), ("running_std", (num_features,))):
+            self.register_buffer(name, torch.empty(shape, device=device, dtype=torch.float32))
+        self.register_buffer("scale", torch.empty(num_features, device=device, dtype=torch.float32))
+        self.register_buffer("num_batches_tracked", torch.empty((), device=device, dtype=torch.int64))
+        self.reset_running_stats()
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Forget all batches: statistics 0, scale 1 (the identity in evaluation)."""
+        self.running_cov.zero_()
+        self.running_std.zero_()
+        self.scale.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    @torch.no_grad()
+    def refresh_scale(self) -> None:
+        """Recompute ``scale`` from the statistics, after these were edited or loaded by hand."""
+        self.scale.copy_(
+            _compute_scale(
+                self.running_cov,
+                self.running_std,
+                self.num_batches_tracked,
+                self.momentum,
+                self.eps,
+                self.beta,
+                self.bias_correction,
+                self.backend,
+            )
+        )
+
+    @torch.no_grad()
+    def load_published_statistics(self, cov: Tensor, std: Tensor) -> None:
+        """Take over the statistics of the paper's published code, which keeps them in plain tensors.
+
+        Args:
+            cov: (num_features, num_features), its attribute ``cov``.
+            std: (num_features,), its attribute ``std``.
+
+        ``num_batches_tracked`` is left as it is: that code does not count.
+
+        Raises:
+            ValueError: a shape is wrong or a value is not finite; nothing was changed.
+
+        Example:
+            >>> import torch
+            >>> from isobn_kernels import IsoBN
+            >>> layer = IsoBN(4)
+            >>> layer.load_published_statistics(torch.eye(4), torch.ones(4))
+            >>> bool((layer.scale > 0).all())
+            True
+        """
+        for name, given, kept in (("cov", cov, self.running_cov), ("std", std, self.running_std)):
+            if given.shape != kept.shape:
+                raise ValueError(f"{name} must have shape {tuple(kept.shape)}, got {tuple(given.shape)}")
+            if not given.isfinite().all():
+                raise ValueError(f"{name} must be finite, got NaN or Inf: these statistics are already lost")
+        self.running_cov.copy_(cov)
+        self.running_std.copy_(std)
+        self.refresh_scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return isobn(
+            x,
+            self.running_cov,
+            self.running_std,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            beta=self.beta,
+            backend=self.backend,
+            scale=self.scale,
+            num_batches_tracked=self.num_batches_tracked,
+            bias_correction=self.bias_correction,
+            stop_gradient=self.stop_gradient,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        options = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, beta={self.beta}"
+        for name, default in (("bias_correction", False), ("stop_gradient", True), ("backend", "auto")):
+            if getattr(self, name) != default:
+                options += f", {name}={getattr(self, name)!r}"
+        return options
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IsoBN:
+        def keep_precision(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            if buffer.is_floating_point() and moved.dtype not in (torch.float32, torch.float64):
+                return buffer.to(moved.device, torch.float32)
+            return moved
+
+        return super()._apply(keep_precision, recurse)

@@ -1,0 +1,212 @@
+"""Isotropic batch normalization in plain PyTorch: the equations, once, for people to read.
+
+Every backend computes the four public functions of this file, faster. The numbers in the comments are those of
+the list below, the symbols are those of the code.
+
+=========================  =============================================================================
+``x`` (N, D)               a batch of N embeddings of D features
+``C`` (D, D)               ``running_cov``, the moving average of the batch covariance
+``sigma`` (D,)             ``running_std``, the moving average of the batch deviation
+``scale`` (D,)             what ``x`` is multiplied by
+``m``, ``eps``, ``beta``   momentum, stabiliser, strength of the correction
+``t``                      ``num_batches_tracked``, updates so far
+=========================  =============================================================================
+
+A training step::
+
+    (1) y        = (x - x_0) - mean_n(x - x_0)          x_0 is row 0: a constant feature gives y = 0 exactly
+    (2) s_j      = sqrt(mean_n y_nj^2)
+    (3) B        = y^T y / N
+    (4) C       <- (1-m) C + m B ;  sigma <- (1-m) sigma + m s
+    (5) R_ij     = clamp(C_ij / (sigma_i sigma_j), -1, 1)         with 1/0 := 0
+    (6) gamma_i  = mean_j R_ij^2
+    (7) t_i      = (gamma_i sigma_i + eps)^(-beta)
+    (8) E        = sum_i C_ii ;  E' = sum_i C_ii t_i^2
+    (9) scale_i  = t_i sqrt(E / (E' + eps))             scale = 1 where E == 0
+    (10) out     = x * scale
+
+A feature whose ``s_j`` is not finite (NaN or Inf in the batch) keeps its old statistics. With ``bias_correction``
+C and sigma are divided by ``w = 1 - (1-m)^t`` before (5), as Adam does. ``scale`` is a constant for autograd unless
+``stop_gradient=False``, for which ``train_backward`` is the gradient.
+
+Source: Zhou, Lin and Ren, "IsoBN: Fine-Tuning BERT with Isotropic Batch Normalization", AAAI 2021,
+https://arxiv.org/abs/2005.02178.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NAME = "reference"
+
+
+def unavailable_reason() -> str | None:
+    """Why this backend cannot run here, or None: it always can."""
+    return None
+
+
+def unsupported_reason(x: Tensor) -> str | None:
+    """Why this backend cannot take ``x``, or None: it takes every device."""
+    return None
+
+
+def train_forward(
+    x: Tensor,
+    running_cov: Tensor,
+    running_std: Tensor,
+    scale: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> tuple[Tensor, Tensor]:
+    """One training step on ``x`` (N, D) with N >= 2: equations (1)-(10).
+
+    Updates the three statistics and the step counter in place; returns ``(out, scale)``, both fresh tensors.
+    """
+    with _exact_float32_matmul(x):
+        y, s = centre(x.to(running_cov.dtype))
+        B = y.T @ y / y.shape[0]  # (3)
+    seen = s.isfinite()
+    C = torch.where(seen[:, None] & seen, (1 - momentum) * running_cov + momentum * B, running_cov)  # (4)
+    sigma = torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+    running_cov.copy_(symmetric(C))
+    running_std.copy_(sigma)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    saved_scale = compute_scale(running_cov, running_std, num_batches_tracked, momentum, eps, beta, bias_correction)
+    scale.copy_(saved_scale)
+    return apply_scale(x, saved_scale), saved_scale
+
+
+def compute_scale(
+    running_cov: Tensor,
+    running_std: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> Tensor:
+    """The scale (D,) that the statistics call for: equations (5)-(9)."""
+    w = correction_weight(num_batches_tracked, momentum, bias_correction)
+    C, sigma = symmetric(running_cov) / w, running_std / w
+    gamma = correlation(C, sigma).clamp(-1, 1).square().mean(dim=1)  # (6)
+    t = (gamma * sigma + eps) ** -beta  # (7)
+    E, E_prime = C.diagonal().sum(), (C.diagonal() * t.square()).sum()  # (8)
+    return torch.where(E == 0, torch.ones_like(t), t * (E / (E_prime + eps)).sqrt())  # (9)
+
+
+def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """(10): ``x * scale`` computed in the dtype of ``scale``, rounded once to that of ``x``."""
+    return (x * scale).to(x.dtype)
+
+
+def train_backward(
+    dout: Tensor,
+    x: Tensor,
+    running_cov: Tensor,
+    running_std: Tensor,
+    scale: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> Tensor:
+    """Gradient of a training step with ``stop_gradient=False``: through ``scale`` and the statistics it came from.
+
+    ``running_cov``, ``running_std`` and ``num_batches_tracked`` are copies taken right after the forward's update.
+    """
+    N, D = x.shape
+    dtype = running_cov.dtype
+    w = correction_weight(num_batches_tracked, momentum, bias_correction)
+    C, sigma = symmetric(running_cov) / w, running_std / w
+    inv = reciprocal(sigma)
+    unclamped = correlation(C, sigma)
+    R = unclamped.clamp(-1, 1)
+    gamma = R.square().mean(dim=1)
+    u = gamma * sigma + eps
+    t = u**-beta
+    E, E_prime = C.diagonal().sum(), (C.diagonal() * t.square()).sum()
+    r = (E / (E_prime + eps)).sqrt()
+
+    # Scale is the constant 1 where E == 0: no gradient flows through it.
+    g = torch.where(E == 0, 0.0, (dout.to(dtype) * x.to(dtype)).sum(dim=0))
+    dr = (g * t).sum()
+    dE = torch.where(E == 0, 0.0, dr * r / (2 * E))
+    dE_prime = -dr * r / (2 * (E_prime + eps))
+    dt = g * r + 2 * dE_prime * C.diagonal() * t
+    du = -beta * dt * u ** (-beta - 1)
+    dgamma = du * sigma
+
+    # dR_ij + dR_ji, and with it G + G^T: C_ij reaches the loss through gamma_i and through gamma_j.
+    dR = torch.where(unclamped.abs() < 1, (2 / D) * (dgamma[:, None] + dgamma) * R, 0.0)
+    G = dR * inv[:, None] * inv + torch.diag(2 * (dE + dE_prime * t.square()))
+    h = du * gamma - (dR * R).sum(dim=1) * inv
+
+    # A feature that this batch did not update passes no gradient to the batch.
+    y, s = centre(x.to(dtype))
+    seen = s.isfinite()
+    y = torch.where(seen, y, 0.0)
+    h_over_s = torch.where(seen & (s > 0), h / s, 0.0)
+    with _exact_float32_matmul(x):
+        dstatistics = torch.where(seen, y @ G + y * h_over_s, 0.0)
+    return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(x.dtype)
+
+
+def centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(1) and (2): the centred batch (N, D) and its deviations (D,).
+
+    Row 0 goes first, so that a constant feature gives exactly 0 and a mean far above the deviation costs no accuracy.
+    """
+    z = x - x[:1]
+    y = z - z.mean(dim=0)
+    return y, y.square().mean(dim=0).sqrt()
+
+
+def symmetric(C: Tensor) -> Tensor:
+    """``C`` with its lower triangle taken from the upper one, which is authoritative."""
+    return C.triu() + C.triu(1).T
+
+
+def reciprocal(sigma: Tensor) -> Tensor:
+    """``1 / sigma`` with ``1 / 0 := 0``, also where 1 / sigma overflows."""
+    inv = 1 / sigma
+    return torch.where(inv.isfinite(), inv, 0.0)
+
+
+def correlation(C: Tensor, sigma: Tensor) -> Tensor:
+    """(5) before the clamp."""
+    inv = reciprocal(sigma)
+    known = inv > 0
+    return torch.where(known[:, None] & known, C * inv[:, None] * inv, 0.0)
+
+
+def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_correction: bool) -> Tensor | float:
+    """``w = 1 - (1-m)^t``, or 1 where that is 0 or no correction is asked for. Stays on the device."""
+    if not bias_correction or num_batches_tracked is None:
+        return 1.0
+    w = 1 - torch.pow(1 - momentum, num_batches_tracked.double())
+    return torch.where(w == 0, 1.0, w)
+
+
+@contextlib.contextmanager
+def _exact_float32_matmul(x: Tensor) -> Iterator[None]:
+    """Matrix products inside are IEEE float32: no autocast, no TF32, no bf16 passes, whatever the user chose."""
+    matmul = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    chosen = matmul.fp32_precision
+    reduced = chosen not in ("none", "ieee")
+    if reduced:
+        matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            yield
+    finally:
+        if reduced:
+            matmul.fp32_precision = chosen
