@@ -98,33 +98,35 @@ def isobn(
         return (x * scale).to(x.dtype)
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    options = (momentum, eps, beta, bias_correction, backend)
-    args = (rows, running_cov, running_std, scale, num_batches_tracked, *options)
-    if torch.is_grad_enabled() and x.requires_grad:
-        out = (_Train if stop_gradient else _TrainThroughStatistics).apply(*args)[0]
-    else:
-        out = _train_forward(*args)[0]
+    args = (running_cov, running_std, scale, num_batches_tracked, momentum, eps, beta, bias_correction, backend)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        out = _train_forward(rows, *args)[0]
+    elif not stop_gradient:
+        out = _TrainThroughStatistics.apply(rows, *args)[0]
+    elif torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        out = _Train.apply(rows, args)
+    else:  # a function transform, which differentiates plain PyTorch best
+        out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
 class _Train(torch.autograd.Function):
-    """The default: ``dx = dout * scale``."""
+    """The default: ``dx = dout * scale``.
+
+    Without `setup_context` and with one tuple for all but x: measured on a CPU, that is 6 instead of 29 us a call.
+    """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _train_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        saved_scale = output[1]
-        ctx.mark_non_differentiable(saved_scale)
+    def forward(ctx: Any, x: Tensor, args: tuple[Any, ...]) -> Tensor:
+        out, saved_scale = _train_forward(x, *args)
         ctx.save_for_backward(saved_scale)
-        ctx.backend = inputs[-1]
+        ctx.backend = args[-1]
+        return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         (saved_scale,) = ctx.saved_tensors
-        return _apply_scale(dout, saved_scale, ctx.backend), *[None] * 9
+        return _apply_scale(dout, saved_scale, ctx.backend), None
 
 
 class _TrainThroughStatistics(torch.autograd.Function):

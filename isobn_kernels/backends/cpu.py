@@ -1,13 +1,166 @@
-"""Not built yet."""
+"""The C++ kernels for the CPU (csrc/cpu): one fused pass, AVX-512, AVX2 or baseline chosen at run time.
 
+They use the threads of `torch.set_num_threads`, release the GIL and give the same bits at any number of threads. The
+environment variable ``ISOBN_CPU_ISA`` ("baseline", "avx2", "avx512"; read at import) forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
 from torch import Tensor
 
 NAME = "cpu"
 
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # DType in csrc/cpu/kernels.h
+_TRAIN_FORWARD, _COMPUTE_SCALE, _TRAIN_BACKWARD = range(3)  # Function in csrc/cpu/cpu.h
+
+
+def _load() -> tuple[Any, str | None]:
+    """The extension, or the reason why there is none. torch comes first: the extension shares its OpenMP threads."""
+    try:
+        from isobn_kernels import _C
+    except ImportError as error:
+        return None, (
+            f"its C++ extension is not here ({error}). Install a C++ compiler with OpenMP (Debian: apt install g++), "
+            "then reinstall: pip install --force-reinstall --no-deps --no-cache-dir isobn_kernels, "
+            "or in a checkout: pip install -e ."
+        )
+    forced = os.environ.get("ISOBN_CPU_ISA")
+    if forced:
+        try:
+            _C.set_instruction_set(forced)
+        except ValueError as error:
+            return None, f"the environment variable ISOBN_CPU_ISA cannot be followed: {error}"
+    return _C, None
+
+
+_C, _REASON = _load()
+
 
 def unavailable_reason() -> str | None:
-    return "it is not written yet"
+    """Why this backend cannot run here, or None."""
+    return _REASON
 
 
 def unsupported_reason(x: Tensor) -> str | None:
-    return None
+    """Why this backend cannot take ``x``, or None."""
+    return None if x.device.type == "cpu" else f"x is on {x.device} and it takes CPU tensors only"
+
+
+def train_forward(
+    x: Tensor,
+    running_cov: Tensor,
+    running_std: Tensor,
+    scale: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> tuple[Tensor, Tensor]:
+    N, D = x.shape
+    dtype, threads = _DTYPE[x.dtype], torch.get_num_threads()
+    out = torch.empty((N, D), dtype=x.dtype)
+    saved_scale = torch.empty_like(running_std)
+    workspace = torch.empty(_C.workspace_bytes(_TRAIN_FORWARD, dtype, N, D, threads), dtype=torch.uint8)
+    _C.train_forward(
+        x.data_ptr(),
+        dtype,
+        *x.stride(),
+        N,
+        D,
+        running_cov.data_ptr(),
+        running_std.data_ptr(),
+        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+        scale.data_ptr(),
+        saved_scale.data_ptr(),
+        out.data_ptr(),
+        momentum,
+        eps,
+        beta,
+        bias_correction,
+        threads,
+        workspace.data_ptr(),
+    )
+    # Autograd must know of the writes it did not see, to refuse a backward that saved one of these.
+    written = (running_cov, running_std, scale, num_batches_tracked)
+    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+    return out, saved_scale
+
+
+def compute_scale(
+    running_cov: Tensor,
+    running_std: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> Tensor:
+    dtype, threads, (D,) = _DTYPE[running_std.dtype], torch.get_num_threads(), running_std.shape
+    scale = torch.empty_like(running_std)
+    workspace = torch.empty(_C.workspace_bytes(_COMPUTE_SCALE, dtype, 0, D, threads), dtype=torch.uint8)
+    _C.compute_scale(
+        dtype,
+        D,
+        running_cov.data_ptr(),
+        running_std.data_ptr(),
+        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+        scale.data_ptr(),
+        momentum,
+        eps,
+        beta,
+        bias_correction,
+        threads,
+        workspace.data_ptr(),
+    )
+    return scale
+
+
+def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    threads = torch.get_num_threads()
+    _C.apply_scale(x.data_ptr(), _DTYPE[x.dtype], *x.stride(), *x.shape, scale.data_ptr(), out.data_ptr(), threads)
+    return out
+
+
+def train_backward(
+    dout: Tensor,
+    x: Tensor,
+    running_cov: Tensor,
+    running_std: Tensor,
+    scale: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> Tensor:
+    N, D = x.shape
+    dtype, threads = _DTYPE[x.dtype], torch.get_num_threads()
+    dx = torch.empty((N, D), dtype=x.dtype)
+    workspace = torch.empty(_C.workspace_bytes(_TRAIN_BACKWARD, dtype, N, D, threads), dtype=torch.uint8)
+    _C.train_backward(
+        dout.data_ptr(),
+        *dout.stride(),
+        x.data_ptr(),
+        dtype,
+        *x.stride(),
+        N,
+        D,
+        running_cov.data_ptr(),
+        running_std.data_ptr(),
+        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+        scale.data_ptr(),
+        dx.data_ptr(),
+        momentum,
+        eps,
+        beta,
+        bias_correction,
+        threads,
+        workspace.data_ptr(),
+    )
+    return dx

@@ -1,0 +1,3 @@
+#define ISOBN_SET avx512
+#define ISOBN_VECTOR_BYTES 64
+#include "kernels.inl"

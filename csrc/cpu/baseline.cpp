@@ -1,0 +1,3 @@
+#define ISOBN_SET baseline
+#define ISOBN_VECTOR_BYTES 16
+#include "kernels.inl"

@@ -1,0 +1,483 @@
+// Inner loops of the CPU backend, compiled once per instruction set (see baseline.cpp, avx2.cpp, avx512.cpp).
+// ISOBN_SET names the set, ISOBN_VECTOR_BYTES is its vector width. Everything but the tables has internal linkage, so
+// that no function compiled for one set is ever linked into another.
+//
+// Plain loops over the P columns of a panel are left to the compiler's vectoriser; the matrix product and the transpose
+// are written with vectors, where that was measured to matter.
+
+#include <cmath>
+#include <cstring>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#include "../formulas.h"
+#include "kernels.h"
+
+namespace isobn::cpu {
+namespace {
+
+template <class S>
+struct Vector {
+  // aligned(sizeof(S)): loads and stores are unaligned ones.
+  typedef S type __attribute__((vector_size(ISOBN_VECTOR_BYTES), aligned(sizeof(S)), may_alias));
+  static constexpr int lanes = ISOBN_VECTOR_BYTES / sizeof(S);
+};
+
+// Sum of a vector's lanes, by halves.
+template <class S, int L, class V>
+inline S sum_lanes(const V& v) {
+  if constexpr (L == 2) {
+    return v[0] + v[1];
+  } else {
+    typedef S Half __attribute__((vector_size(L / 2 * sizeof(S))));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof low);
+    return sum_lanes<S, L / 2>(low + high);
+  }
+}
+
+// ---- 16-bit types ----
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline float widen(Half x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Exponent and fraction moved to their float places are the value times 2^-112; this scales subnormals right too.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+
+inline void narrow(float f, float* x) { *x = f; }
+inline void narrow(double f, double* x) { *x = f; }
+inline void narrow(float f, BFloat* x) {
+  const uint32_t bits = float_to_bits(f);
+  x->bits = f != f ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+}
+inline void narrow(float f, Half* x) {
+  const uint32_t sign = (float_to_bits(f) >> 16) & 0x8000u;
+  const uint32_t magnitude = float_to_bits(f) & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24, the subnormal step
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  x->bits = uint16_t(sign | half);
+}
+
+// ---- Rows of a panel ----
+
+// Elements [0, width) of a row as S, zeros up to P.
+template <class X, class S>
+inline void load_row(const X* x, int64_t stride, int width, S* row) {
+  if (stride == 1 && width == P) {
+#if defined(__F16C__)
+    if constexpr (sizeof(X) == 2 && !__is_same(X, BFloat)) {
+      for (int j = 0; j < P; j += 8)
+        _mm256_storeu_ps(row + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + j))));
+      return;
+    }
+#endif
+    for (int j = 0; j < P; ++j) row[j] = widen(x[j]);
+    return;
+  }
+  for (int j = 0; j < width; ++j) row[j] = widen(x[j * stride]);
+  for (int j = width; j < P; ++j) row[j] = S(0);
+}
+
+template <class X, class S>
+inline void store_row(const S* row, int width, X* x) {
+#if defined(__F16C__)
+  if constexpr (sizeof(X) == 2 && !__is_same(X, BFloat)) {
+    if (width == P) {
+      for (int j = 0; j < P; j += 8)
+        _mm_storeu_si128((__m128i*)(x + j),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(row + j), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      return;
+    }
+  }
+#endif
+  for (int j = 0; j < width; ++j) narrow(row[j], x + j);
+}
+
+// Column sums of many rows: a short run in S, then the runs in double, so that the error does not grow with N.
+template <class S>
+class ColumnSums {
+ public:
+  void add(const S* row) {
+    for (int j = 0; j < P; ++j) run_[j] += row[j];
+    if (++rows_ == 128) flush();
+  }
+  void add_products(const S* a, const S* b) {
+    for (int j = 0; j < P; ++j) run_[j] += a[j] * b[j];
+    if (++rows_ == 128) flush();
+  }
+  const double* total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  void flush() {
+    for (int j = 0; j < P; ++j) {
+      total_[j] += run_[j];
+      run_[j] = S(0);
+    }
+    rows_ = 0;
+  }
+  S run_[P] = {};
+  double total_[P] = {};
+  int rows_ = 0;
+};
+
+template <class X, class S>
+bool centre_rows(const Strided& x, int64_t N, int width, S* y, S* s) {
+  const X* data = static_cast<const X*>(x.data);
+  S first[P];
+  load_row(data, x.col_stride, width, first);
+  ColumnSums<S> sums;
+  for (int64_t n = 0; n < N; ++n) {
+    S* z = y + n * P;
+    load_row(data + n * x.row_stride, x.col_stride, width, z);
+    for (int j = 0; j < P; ++j) z[j] -= first[j];
+    sums.add(z);
+  }
+  S mean[P];
+  for (int j = 0; j < P; ++j) mean[j] = S(sums.total()[j] / double(N));
+  ColumnSums<S> squares;
+  for (int64_t n = 0; n < N; ++n) {
+    S* row = y + n * P;
+    for (int j = 0; j < P; ++j) row[j] -= mean[j];
+    squares.add_products(row, row);
+  }
+  bool all_finite = true;
+  for (int j = 0; j < P; ++j) {
+    s[j] = S(std::sqrt(squares.total()[j] / double(N)));
+    if (s[j] <= Limits<S>::max) continue;
+    all_finite = false;
+    for (int64_t n = 0; n < N; ++n) y[n * P + j] = S(0);
+  }
+  return all_finite;
+}
+
+template <class X, class S>
+void apply_rows(const Strided& x, int64_t rows, int width, const S* scale, void* out, int64_t D) {
+  const X* data = static_cast<const X*>(x.data);
+  X* to = static_cast<X*>(out);
+  S row[P];
+  for (int64_t n = 0; n < rows; ++n) {
+    load_row(data + n * x.row_stride, x.col_stride, width, row);
+    for (int j = 0; j < P; ++j) row[j] *= scale[j];
+    store_row(row, width, to + n * D);
+  }
+}
+
+template <class X, class S>
+void dot_rows(const Strided& a, const Strided& b, int64_t N, int width, S* g) {
+  S row_a[P], row_b[P];
+  ColumnSums<S> sums;
+  for (int64_t n = 0; n < N; ++n) {
+    load_row(static_cast<const X*>(a.data) + n * a.row_stride, a.col_stride, width, row_a);
+    load_row(static_cast<const X*>(b.data) + n * b.row_stride, b.col_stride, width, row_b);
+    sums.add_products(row_a, row_b);
+  }
+  for (int j = 0; j < P; ++j) g[j] = S(sums.total()[j]);
+}
+
+// Calls the loop for the dtype of x: the 16-bit types have float state, the others their own.
+#define ISOBN_BY_DTYPE(function, dtype, ...)                               \
+  if constexpr (sizeof(S) == 8) {                                          \
+    return function<double, S>(__VA_ARGS__);                               \
+  } else {                                                                 \
+    if ((dtype) == DType::float16) return function<Half, S>(__VA_ARGS__);  \
+    if ((dtype) == DType::bfloat16) return function<BFloat, S>(__VA_ARGS__); \
+    return function<float, S>(__VA_ARGS__);                                \
+  }
+
+template <class S>
+bool centre(const Strided& x, int64_t N, int width, S* y, S* s) {
+  ISOBN_BY_DTYPE(centre_rows, x.dtype, x, N, width, y, s)
+}
+template <class S>
+void apply(const Strided& x, int64_t rows, int width, const S* scale, void* out, int64_t D) {
+  ISOBN_BY_DTYPE(apply_rows, x.dtype, x, rows, width, scale, out, D)
+}
+template <class S>
+void dot(const Strided& dout, const Strided& x, int64_t N, int width, S* g) {
+  ISOBN_BY_DTYPE(dot_rows, x.dtype, dout, x, N, width, g)
+}
+
+// ---- Matrix product ----
+
+// acc[r][c] (+)= sum_k a[r * a_row + k * a_k] * b[k * P + c] for R rows and NV vectors of columns, held in registers.
+template <class S, int R, int NV>
+inline void product_block(const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t K, S* acc, bool accumulate) {
+  using V = typename Vector<S>::type;
+  constexpr int L = Vector<S>::lanes;
+  V sum[R][NV] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    V column[NV];
+    for (int v = 0; v < NV; ++v) column[v] = *reinterpret_cast<const V*>(b + k * P + v * L);
+    for (int r = 0; r < R; ++r) {
+      const S factor = a[r * a_row + k * a_k];
+      for (int v = 0; v < NV; ++v) sum[r][v] += factor * column[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) {
+      V* to = reinterpret_cast<V*>(acc + r * P + v * L);
+      *to = accumulate ? *to + sum[r][v] : sum[r][v];
+    }
+}
+
+// acc (rows, P) (+)= a (rows, K) b (K, P).
+template <class S>
+inline void product(const S* a, int64_t a_row, int64_t a_k, int rows, const S* b, int64_t K, S* acc, bool accumulate) {
+  constexpr int R = 4;
+  constexpr int NV = ISOBN_VECTOR_BYTES == 64 ? 4 : 2;  // R NV accumulators, NV columns and a factor fit the registers
+  constexpr int step = NV * Vector<S>::lanes;
+  const int blocked = rows - rows % R;
+  for (int c = 0; c < P; c += step) {
+    for (int r = 0; r < blocked; r += R)
+      product_block<S, R, NV>(a + r * a_row, a_row, a_k, b + c, K, acc + r * P + c, accumulate);
+    for (int r = blocked; r < rows; ++r)
+      product_block<S, 1, NV>(a + r * a_row, a_row, a_k, b + c, K, acc + r * P + c, accumulate);
+  }
+}
+
+// ---- Transpose of a (P, P) tile ----
+
+#if defined(__AVX__)
+inline void transpose_block(const float* from, float* to) {  // 8 x 8
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * P);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * P, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * P, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+inline void transpose_block(const float* from, float* to) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) to[j * P + i] = from[i * P + j];
+}
+#endif
+inline void transpose_block(const double* from, double* to) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) to[j * P + i] = from[i * P + j];
+}
+
+template <class S>
+inline void transpose(const S* from, S* to) {
+  for (int i = 0; i < P; i += 8)
+    for (int j = 0; j < P; j += 8) transpose_block(from + i * P + j, to + j * P + i);
+}
+
+// ---- One tile of the covariance ----
+
+template <class S>
+inline void stream_row(const S* row, S* to) {
+#if defined(__AVX512F__)
+  for (int j = 0; j < P; j += Vector<S>::lanes)
+    _mm512_stream_si512((__m512i*)(to + j), _mm512_loadu_si512(row + j));
+#elif defined(__AVX__)
+  for (int j = 0; j < P; j += Vector<S>::lanes)
+    _mm256_stream_si256((__m256i*)(to + j), _mm256_loadu_si256((const __m256i*)(row + j)));
+#else
+  std::memcpy(to, row, P * sizeof(S));
+#endif
+}
+
+// C_ij <- keep C_ij + gain B_ij, R_ij, and the sums of R_ij^2 along the tile's row i (returned) and its columns.
+template <bool kUpdate, class S>
+inline S tile_row(const S* old, const S* B, S keep, S gain, S inv_i, const S* inv_j, S* fresh,
+                  typename Vector<S>::type* col_sums) {
+  using V = typename Vector<S>::type;
+  constexpr int L = Vector<S>::lanes;
+  const V one = V{} + S(1), inv = V{} + inv_i;
+  V sums = {};
+  for (int v = 0; v < P / L; ++v) {
+    V c = *reinterpret_cast<const V*>(old + v * L);
+    if (kUpdate) {
+      c = keep * c + gain * *reinterpret_cast<const V*>(B + v * L);
+      *reinterpret_cast<V*>(fresh + v * L) = c;
+    }
+    const V r = clamp(correlation(c, inv, *reinterpret_cast<const V*>(inv_j + v * L)), -one, one);
+    sums += r * r;
+    col_sums[v] += r * r;
+  }
+  return sum_lanes<S, L>(sums);
+}
+
+template <bool kUpdate, class S>
+void process_tile(const Tile<S>& tile) {
+  constexpr int64_t kChunk = 128;  // rows of the batch at a time: two panel pieces of 32 KB
+  const bool on_diagonal = tile.i0 == tile.j0;
+  S* const fresh = tile.scratch;
+  S* const other = tile.scratch + P * P;
+  if (kUpdate)
+    for (int64_t n = 0; n < tile.N; n += kChunk)
+      product(tile.y_i + n * P, int64_t(1), int64_t(P), P, tile.y_j + n * P,
+              tile.N - n < kChunk ? tile.N - n : kChunk, fresh, n > 0);
+
+  // The old values: in place, but for a tile at the edge (padded with zeros) or on the diagonal, whose lower half is
+  // taken from its upper one. The new lower half then equals the upper bit for bit: the same products, the same order.
+  const S* old = tile.C + tile.i0 * tile.D + tile.j0;
+  int64_t old_stride = tile.D;
+  S padded[P * P];
+  if (on_diagonal || tile.wj < P) {
+    for (int i = 0; i < P; ++i) {
+      const int present = i < tile.hi ? tile.wj : 0;
+      std::memcpy(padded + i * P, old + i * tile.D, size_t(present) * sizeof(S));
+      std::memset(padded + i * P + present, 0, size_t(P - present) * sizeof(S));
+    }
+    old = padded;
+    old_stride = P;
+  }
+  if (on_diagonal) {
+    transpose(padded, other);
+    for (int i = 0; i < P; ++i)
+      for (int j = 0; j < P; ++j) padded[i * P + j] = j < i ? other[i * P + j] : padded[i * P + j];
+  }
+
+  typename Vector<S>::type col_sums[P / Vector<S>::lanes] = {};
+  for (int i = 0; i < tile.hi; ++i) {
+    const S* old_row = old + i * old_stride;
+    S* row = fresh + i * P;
+    if (kUpdate && tile.seen_i != nullptr) {  // rare: a feature that this batch does not update keeps its bits
+      S chosen[P];
+      for (int j = 0; j < P; ++j) {
+        const bool seen = tile.seen_i[i] && tile.seen_j[j];
+        chosen[j] = seen ? tile.keep * old_row[j] + tile.gain * row[j] : old_row[j];
+      }
+      tile.row_sums[i] = tile_row<false>(chosen, row, tile.keep, tile.gain, tile.inv_i[i], tile.inv_j, row, col_sums);
+      std::memcpy(row, chosen, sizeof chosen);
+    } else {
+      tile.row_sums[i] =
+          tile_row<kUpdate>(old_row, row, tile.keep, tile.gain, tile.inv_i[i], tile.inv_j, row, col_sums);
+    }
+    if (kUpdate) std::memcpy(tile.C + (tile.i0 + i) * tile.D + tile.j0, row, size_t(tile.wj) * sizeof(S));
+    if (on_diagonal) tile.diagonal[i] = kUpdate ? row[i] : old_row[i];
+  }
+  if (on_diagonal) return;
+  std::memcpy(tile.col_sums, col_sums, sizeof col_sums);
+
+  if (kUpdate) {
+    transpose(fresh, other);
+    for (int j = 0; j < tile.wj; ++j) {
+      S* to = tile.C + (tile.j0 + j) * tile.D + tile.i0;
+      if (tile.stream)
+        stream_row(other + j * P, to);
+      else
+        std::memcpy(to, other + j * P, P * sizeof(S));
+    }
+#if defined(__AVX__)
+    if (tile.stream) _mm_sfence();
+#endif
+  }
+}
+
+// ---- Gradient for stop_gradient=False, one panel of columns ----
+
+template <class X, class S>
+void gradient_rows(const GradientPanel<S>& panel) {
+  const int64_t D = panel.D, j0 = panel.j0;
+  S* const M = panel.scratch;            // G + G^T, rows of panel i, columns of panel j
+  S* const Z = panel.scratch + P * P;    // y (G + G^T)
+  S h_over_s[P] = {};
+  for (int64_t n0 = 0; n0 < panel.N; n0 += rows_per_chunk) {
+    const int rows = int(panel.N - n0 < rows_per_chunk ? panel.N - n0 : rows_per_chunk);
+    double dR_R[P] = {};
+    for (int64_t i0 = 0; i0 < D; i0 += P) {
+      const int height = int(D - i0 < P ? D - i0 : P);
+      for (int i = 0; i < height; ++i) {
+        const S* C = panel.C + (i0 + i) * D + j0;
+        const S row_inv = panel.row_inv[i0 + i], inv_i = panel.inv[i0 + i], dgamma_i = panel.dgamma[i0 + i];
+        S row[P];
+        for (int j = 0; j < panel.wj; ++j) row[j] = C[j];
+        for (int j = panel.wj; j < P; ++j) row[j] = S(0);
+        for (int j = 0; j < P; ++j) {
+          const S R = correlation(row[j], row_inv, panel.inv[j0 + j]);
+          const S dR = R < S(1) && R > S(-1) ? panel.pair_gain * (dgamma_i + panel.dgamma[j0 + j]) * R : S(0);
+          M[i * P + j] = correlation(dR, inv_i, panel.inv[j0 + j]);
+          dR_R[j] += dR * R;
+        }
+        if (i0 == j0) M[i * P + i] += panel.diag[i0 + i];
+      }
+      product(panel.y + i0 * panel.N + n0 * P, int64_t(P), int64_t(1), rows, M, int64_t(height), Z, i0 > 0);
+    }
+    if (n0 == 0)
+      for (int j = 0; j < P; ++j) {
+        const S s = panel.s[j0 + j];
+        const S h = panel.du_gamma[j0 + j] - S(dR_R[j]) * panel.inv[j0 + j];
+        h_over_s[j] = panel.seen[j0 + j] && s > S(0) ? h / s : S(0);
+      }
+    for (int n = 0; n < rows; ++n) {
+      S row[P];
+      load_row(static_cast<const X*>(panel.dout.data) + (n0 + n) * panel.dout.row_stride, panel.dout.col_stride,
+               panel.wj, row);
+      const S* y = panel.y + j0 * panel.N + (n0 + n) * P;
+      for (int j = 0; j < P; ++j) {
+        const S through_statistics = panel.gain * (Z[n * P + j] + y[j] * h_over_s[j]);
+        row[j] = row[j] * panel.scale[j0 + j] + (panel.seen[j0 + j] ? through_statistics : S(0));
+      }
+      store_row(row, panel.wj, static_cast<X*>(panel.dx) + (n0 + n) * D);
+    }
+  }
+}
+
+template <class S>
+void gradient(const GradientPanel<S>& panel) {
+  ISOBN_BY_DTYPE(gradient_rows, panel.dout.dtype, panel)
+}
+
+template <class S>
+constexpr Kernels<S> table() {
+  return {&centre<S>, &process_tile<true, S>, &process_tile<false, S>, &apply<S>, &dot<S>, &gradient<S>};
+}
+
+}  // namespace
+
+template <>
+const Kernels<float> KernelsOf<float>::ISOBN_SET = table<float>();
+template <>
+const Kernels<double> KernelsOf<double>::ISOBN_SET = table<double>();
+
+}  // namespace isobn::cpu
