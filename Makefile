@@ -1,0 +1,43 @@
+# Everything runs in a virtual environment of its own; nothing is installed elsewhere.
+#   make demo      fine-tune a small trained encoder with and without IsoBN, on the CPU, no hub needed
+#   make test      the test suite;  make test-all  the full product of cases;  make lint  ruff and mypy
+#   make bench     the benchmark behind the README's table
+# TORCH chooses the build to install where the environment has none (the default is 2.13.0),
+# PYTHON the interpreter: make test PYTHON=python3.12 TORCH=torch==2.12.0
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m isobn_kernels demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --durations=10
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest --full --durations=20
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_op.py --device cpu
+
+# Each extra of pyproject.toml, installed once and again when the build or the C++ changes.
+$(VENV)/.%: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet --progress-bar off "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --progress-bar off --editable ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment: on Debian, apt install python3-venv"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info isobn_kernels/*.so runs
