@@ -82,6 +82,7 @@ def isobn(
     Source: equations (1)-(10) of `isobn_kernels.reference`; Zhou, Lin and Ren, https://arxiv.org/abs/2005.02178.
     """
     _check_hyperparameters(momentum, eps, beta)
+    backends.check_name(backend)
     _check_tensors(x, running_cov, running_std, scale, num_batches_tracked)
     if bias_correction and num_batches_tracked is None:
         raise ValueError("bias_correction=True needs num_batches_tracked, the () int64 tensor that counts updates")
@@ -99,14 +100,16 @@ def isobn(
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     args = (running_cov, running_std, scale, num_batches_tracked, momentum, eps, beta, bias_correction, backend)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        out = _train_forward(rows, *args)[0]
-    elif not stop_gradient:
+    transformed = _is_transformed()
+    needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
+    if needs_grad and not stop_gradient:
         out = _TrainThroughStatistics.apply(rows, *args)[0]
-    elif torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        out = _Train.apply(rows, args)
-    else:  # a function transform, which differentiates plain PyTorch best
+    elif transformed:  # plain PyTorch has every derivative
         out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype)
+    elif needs_grad:
+        out = _Train.apply(rows, args)
+    else:
+        out = _train_forward(rows, *args)[0]
     return out if x.dim() == 2 else out.view(x.shape)
 
 
@@ -252,6 +255,13 @@ def _apply_scale(dout: Tensor, scale: Tensor, backend: str) -> Tensor:
     return backends.select(backend, dout).apply_scale(dout, scale)
 
 
+def _is_transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether a backend may be called on ``x`` directly: an ordinary tensor in memory, and nobody is watching.
 
@@ -266,8 +276,7 @@ def _is_plain(x: Tensor) -> bool:
         and torch._C._has_storage(x)
         and not x.is_neg()
         and not x._is_zerotensor()
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _is_transformed()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None

@@ -103,8 +103,8 @@ def compute_scale(
 
 
 def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """(10): ``x * scale`` computed in the dtype of ``scale``, rounded once to that of ``x``."""
-    return (x * scale).to(x.dtype)
+    """(10): ``x * scale`` computed in the dtype of ``scale``, rounded once to that of ``x``; contiguous."""
+    return (x * scale).to(x.dtype).contiguous()
 
 
 def train_backward(
@@ -157,7 +157,7 @@ def train_backward(
     h_over_s = torch.where(seen & (s > 0), h / s, 0.0)
     with _exact_float32_matmul(x):
         dstatistics = torch.where(seen, y @ G + y * h_over_s, 0.0)
-    return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(x.dtype)
+    return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(x.dtype).contiguous()
 
 
 def centre(x: Tensor) -> tuple[Tensor, Tensor]:
