@@ -311,6 +311,8 @@ def _check_tensors(
     state_dtype = _STATE_DTYPE.get(x.dtype)
     if state_dtype is None:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"x must be a dense tensor (layout torch.strided), got layout {x.layout}: x.to_dense()")
     if running_std.dim() != 1 or running_std.shape[0] == 0:
         raise ValueError(
             f"running_std must have shape (num_features,), num_features at least 1, got {tuple(running_std.shape)}"
@@ -336,5 +338,7 @@ def _check_tensors(
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        if tensor.requires_grad:
+            raise ValueError(f"{name} must not require grad: it is a statistic that training overwrites")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
