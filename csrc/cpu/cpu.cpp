@@ -239,7 +239,7 @@ void train_forward_as(const Strided& x, int64_t N, int64_t D, const State& state
         if (ws.seen[i]) running_std[i] = keep * running_std[i] + m * ws.s[i];
       invert_panel(running_std, D, p, w, ws);
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t index = 0; index < tiles; ++index) {
       const TileIndex at = tile_at(index, count);
       Tile<S> tile = make_tile(at, C, D, ws, omp_get_thread_num());

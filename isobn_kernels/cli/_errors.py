@@ -1,0 +1,23 @@
+"""What a command says when it cannot do what was asked."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+class CommandError(Exception):
+    """Something the user can put right: what was wrong, what was expected and what to do. Shown without traceback."""
+
+
+def require_extra(extra: str, modules: tuple[str, ...]) -> None:
+    """Raise CommandError unless all ``modules`` of the optional dependency ``extra`` are installed."""
+    missing = missing_modules(modules)
+    if missing:
+        raise CommandError(
+            f'{", ".join(missing)} not installed; this command needs: pip install "isobn_kernels[{extra}]"'
+        )
+
+
+def missing_modules(modules: tuple[str, ...]) -> list[str]:
+    """Those of ``modules`` that cannot be imported; none is imported."""
+    return [module for module in modules if importlib.util.find_spec(module) is None]

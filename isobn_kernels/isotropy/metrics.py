@@ -1,0 +1,133 @@
+"""Three measures of isotropy of an embedding matrix ``x`` (N, D): N sentences, D features.
+
+All are computed in float64 from the centred matrix ``y = x - mean_n(x)`` and its covariance ``C = y^T y / N``. The
+first two change when features are scaled; correlations do not, so IsoBN itself leaves the third as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from isobn_kernels import reference
+
+
+def explained_variance(x: Tensor) -> Tensor:
+    """Share of the variance in the k directions of largest variance, for each k.
+
+    ``EV_k = (lambda_1 + ... + lambda_k) / (lambda_1 + ... + lambda_D)``, where ``lambda_1 >= lambda_2 >= ...`` are
+    the eigenvalues of C, that is, the squared singular values of the centred matrix. An isotropic embedding has
+    ``EV_k = k / D``.
+
+    Args:
+        x: (N, D), any floating dtype; N at least 2.
+
+    Returns:
+        (D,) float64, ``EV_k`` at ``k - 1``; rises to 1.
+
+    Raises:
+        ValueError: ``x`` has another shape, or holds NaN or Inf, or all rows are equal.
+
+    Example:
+        >>> import torch
+        >>> from isobn_kernels.isotropy import explained_variance
+        >>> explained_variance(torch.tensor([[3.0, 1.0], [3.0, -1.0], [-3.0, 1.0], [-3.0, -1.0]])).tolist()
+        [0.9, 1.0]
+
+    Source: Zhou, Lin and Ren, https://arxiv.org/abs/2005.02178, who report k = 1, 2 and 3.
+    """
+    C, sigma = _statistics(x)
+    if not sigma.any():
+        raise ValueError("x has no variance to explain: all its rows are equal")
+    eigenvalues = torch.linalg.eigvalsh(C).flip(0).clamp_min(0)
+    return eigenvalues.cumsum(0) / eigenvalues.sum()
+
+
+def deviation_spread(x: Tensor) -> float:
+    """How unequal the deviations of the features are: their coefficient of variation.
+
+    With ``sigma_j = sqrt(C_jj)``: the deviation (divisor D) of ``sigma`` over its mean. 0 where all features vary
+    alike; unchanged when the whole matrix is multiplied by a number.
+
+    Args:
+        x: (N, D), any floating dtype; N at least 2.
+
+    Raises:
+        ValueError: ``x`` has another shape, or holds NaN or Inf, or all rows are equal.
+
+    Example:
+        >>> import torch
+        >>> from isobn_kernels.isotropy import deviation_spread
+        >>> deviation_spread(torch.tensor([[3.0, 1.0], [-3.0, -1.0]]))
+        0.5
+    """
+    _, sigma = _statistics(x)
+    if not sigma.any():
+        raise ValueError("x has no deviations to compare: all its rows are equal")
+    return float(sigma.std(correction=0) / sigma.mean())
+
+
+def mean_absolute_correlation(x: Tensor) -> float:
+    """Mean of ``|R_ij|`` over ``i != j``, with ``R_ij = C_ij / (sigma_i sigma_j)``, and 0 for a constant feature.
+
+    Args:
+        x: (N, D), any floating dtype; N and D at least 2.
+
+    Raises:
+        ValueError: ``x`` has another shape, or holds NaN or Inf.
+
+    Example:
+        >>> import torch
+        >>> from isobn_kernels.isotropy import mean_absolute_correlation
+        >>> mean_absolute_correlation(torch.tensor([[3.0, 1.0], [-3.0, -1.0]]))
+        1.0
+    """
+    R = correlation(x)
+    D = R.shape[0]
+    if D < 2:
+        raise ValueError("x must have at least 2 features to correlate, got 1")
+    return float((R.abs().sum() - R.diagonal().abs().sum()) / (D * (D - 1)))
+
+
+def correlation(x: Tensor) -> Tensor:
+    """The matrix R (D, D) of `mean_absolute_correlation`, float64."""
+    return reference.correlation(*_statistics(x)).clamp(-1, 1)
+
+
+def measure(x: Tensor) -> dict[str, float]:
+    """The figures that ``python -m isobn_kernels finetune`` reports.
+
+    Args:
+        x: (N, D), any floating dtype; N at least 2, D at least 3.
+
+    Returns:
+        ``EV_1``, ``EV_2`` and ``EV_3`` of `explained_variance`, ``deviation_spread`` and
+        ``mean_absolute_correlation``.
+
+    Raises:
+        ValueError: as the three functions.
+
+    Example:
+        >>> import torch
+        >>> from isobn_kernels.isotropy import measure
+        >>> list(measure(torch.randn(20, 4)))
+        ['EV_1', 'EV_2', 'EV_3', 'deviation_spread', 'mean_absolute_correlation']
+    """
+    explained = explained_variance(x)
+    if len(explained) < 3:
+        raise ValueError(f"x must have at least 3 features for EV_3, got {len(explained)}")
+    return {
+        **{f"EV_{k}": float(explained[k - 1]) for k in (1, 2, 3)},
+        "deviation_spread": deviation_spread(x),
+        "mean_absolute_correlation": mean_absolute_correlation(x),
+    }
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance (D, D) and deviations (D,) of the rows, float64."""
+    if x.dim() != 2 or x.shape[0] < 2 or x.shape[1] < 1:
+        raise ValueError(f"x must have shape (N, D) with N at least 2, got {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError("x must be finite, got NaN or Inf")
+    y, sigma = reference.centre(x.detach().double())
+    return y.T @ y / y.shape[0], sigma

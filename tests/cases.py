@@ -1,0 +1,63 @@
+"""The backends under test. A new backend is one line of `CASES`; every test then runs on it."""
+
+import contextlib
+from typing import NamedTuple
+
+import pytest
+
+from isobn_kernels import backends
+
+_ISA_NAMES = {"baseline": "the baseline instructions", "avx2": "AVX2 and FMA", "avx512": "AVX-512"}
+
+
+class Case(NamedTuple):
+    """A backend, the device its tensors live on and, for the CPU kernels, the instruction set to run them with."""
+
+    name: str
+    backend: str
+    device: str = "cpu"
+    isa: str | None = None
+
+    def missing(self):
+        """What this machine lacks to run the case, in words, or None."""
+        reason = backends.load(self.backend).unavailable_reason()
+        if reason is not None:
+            return f"{self.name}: {reason}"
+        if self.isa is not None and self.isa not in kernels().instruction_sets():
+            return f"{self.name}: this processor lacks {_ISA_NAMES[self.isa]}"
+        return None
+
+    @contextlib.contextmanager
+    def selected(self):
+        """The case's instruction set is in use inside; the one before it afterwards."""
+        if self.isa is None:
+            yield self
+            return
+        before = kernels().instruction_set()
+        kernels().set_instruction_set(self.isa)
+        try:
+            assert kernels().instruction_set() == self.isa
+            yield self
+        finally:
+            kernels().set_instruction_set(before)
+
+
+CASES = [
+    Case("reference", "reference"),
+    Case("cpu-baseline", "cpu", isa="baseline"),
+    Case("cpu-avx2", "cpu", isa="avx2"),
+    Case("cpu-avx512", "cpu", isa="avx512"),
+]
+REFERENCE = CASES[0]
+
+
+def kernels():
+    """The compiled extension; only where the cpu backend is available."""
+    from isobn_kernels import _C
+
+    return _C
+
+
+def skip_unless_available(case):
+    if reason := case.missing():
+        pytest.skip(reason)

@@ -1,0 +1,63 @@
+import hypothesis
+import pytest
+import torch
+from cases import CASES, REFERENCE, skip_unless_available
+
+# The same examples in every run, on every machine, and nothing left on disk.
+hypothesis.settings.register_profile(
+    "isobn",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=30,
+    # The fixtures of this suite choose a backend; they hold nothing that one example could leave to the next.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("isobn")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the full product of cases")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    full = [item for item in items if "full" in item.keywords]
+    config.hook.pytest_deselected(items=full)
+    items[:] = [item for item in items if "full" not in item.keywords]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request):
+    """One backend after the other, each with its instruction set in use."""
+    skip_unless_available(request.param)
+    with request.param.selected():
+        yield request.param
+
+
+@pytest.fixture(params=[case for case in CASES if case is not REFERENCE], ids=lambda case: case.name)
+def kernel_case(request):
+    """The same without the reference, for what concerns kernels only."""
+    skip_unless_available(request.param)
+    with request.param.selected():
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` hands out NaN (integers: the largest) in every test: a value read before it is written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Sets the number of threads. It is 1 unless a test asks: two threads on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

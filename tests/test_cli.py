@@ -1,0 +1,98 @@
+"""``python -m isobn_kernels``: the commands that need no extra, and how missing ones are reported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import isobn_kernels
+from isobn_kernels import cli
+from isobn_kernels.cli import demo, finetune
+
+OPTIONAL = sorted({*demo.MODULES, "numpy", "scipy"})
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """A process of its own, in which the optional packages cannot be imported."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
+    source = str(Path(isobn_kernels.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", blocked + code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PYTHONPATH": source, "PATH": "/usr/bin:/bin", **environment},
+    )
+
+
+def test_info_without_extras() -> None:
+    process = run_python("from isobn_kernels.cli import main; sys.exit(main(['info']))", ISOBN_BACKEND="reference")
+    assert process.returncode == 0, process.stderr
+    for text in ("isobn_kernels", "torch", "cpu", "reference", "threads", "isobn_kernels._C", "ISOBN_CPU_ISA"):
+        assert text in process.stdout
+    assert 'pip install "isobn_kernels[finetune]"' in process.stdout
+    assert any("ISOBN_BACKEND" in line and line.endswith("reference") for line in process.stdout.splitlines())
+
+
+def test_info_without_the_extension() -> None:
+    code = "sys.modules['isobn_kernels._C'] = None\nfrom isobn_kernels.cli import main; sys.exit(main(['info']))"
+    process = run_python(code)
+    assert process.returncode == 0, process.stderr
+    for text in ("cpu", "unavailable", "missing", "g++", "--force-reinstall", "--no-deps"):
+        assert text in process.stdout
+
+
+def test_info_as_a_module() -> None:
+    process = subprocess.run([sys.executable, "-m", "isobn_kernels", "info"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("isobn_kernels")
+
+
+@pytest.mark.parametrize("command", ["finetune", "demo"])
+def test_missing_extra(command: str) -> None:
+    arguments = {"finetune": ["--model", "m", "--task", "rte"], "demo": []}[command]
+    process = run_python(f"from isobn_kernels.cli import main; sys.exit(main({[command, *arguments]}))")
+    assert process.returncode == 2
+    assert f'pip install "isobn_kernels[{command}]"' in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("module", ["integrations.transformers", "isotropy.plots"])
+def test_optional_modules_name_the_extra(module: str) -> None:
+    process = run_python(f"import isobn_kernels.isotropy, isobn_kernels.integrations\nimport isobn_kernels.{module}")
+    assert "ModuleNotFoundError" in process.stderr
+    assert 'pip install "isobn_kernels[finetune]"' in process.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["info", "--help"], ["demo", "--help"], ["finetune", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == (0 if arguments else 2)
+    printed = capsys.readouterr()
+    assert "usage" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "stsb"], "invalid choice"),
+        (["--epochs", "0"], "a whole number, 1 or above, got '0'"),
+        (["--batch-size", "x"], "a whole number, 1 or above, got 'x'"),
+        (["--learning-rate", "nan"], "a number above 0, got 'nan'"),
+        (["--normalizer", "layer"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--model", "m", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_tasks_have_known_metrics() -> None:
+    assert {metric for task in finetune.TASKS.values() for metric in task.metrics} == {
+        "accuracy",
+        "f1",
+        "matthews_correlation",
+    }

@@ -1,0 +1,403 @@
+"""What the published code leaves undefined: one test, or a few, for each row of the table in the README."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    HALF_DTYPES,
+    assert_finite,
+    assert_same_state,
+    assert_symmetric,
+    assert_untouched,
+    batch,
+    fresh,
+    same_bits,
+    to_numpy,
+    train,
+    train_with_gradient,
+    upstream,
+    warm,
+)
+from tolerance import covariance_error, relative
+
+from isobn_kernels import IsoBN, isobn
+
+BOTH_MODES = pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
+
+# Bound on a float32 result where a test is about something else than the last digits; see tolerance.BOUNDS.
+CLOSE = 2e-6
+
+
+def assert_matches_oracle(state, expected):
+    assert covariance_error(to_numpy(state.running_cov), expected.C) <= CLOSE
+    assert relative(to_numpy(state.running_std), expected.sigma) <= CLOSE
+    assert relative(to_numpy(state.scale), expected.scale) <= CLOSE
+
+
+# ---- Before any training step ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_evaluation_before_any_training_step_is_the_identity(case, dtype):
+    x = batch(17, 7, dtype=dtype, device=case.device)
+    state = fresh(7, dtype, case.device)
+    for scale in (state.scale, None):
+        out = isobn(x, state.running_cov, state.running_std, scale=scale, backend=case.backend)
+        assert same_bits(out, x)
+
+
+def test_evaluation_of_a_new_module_is_the_identity(case):
+    x = batch(17, 7, device=case.device)
+    assert same_bits(IsoBN(7, backend=case.backend, device=case.device).eval()(x), x)
+
+
+# ---- Constant features ----
+
+
+@pytest.mark.parametrize("N", [2, 17, 300])
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e6])
+def test_constant_feature(case, N, value):
+    """Its statistics are 0 to the last bit, its t is the limit eps^-beta, and the others do not notice."""
+    D, j, eps, beta = 7, 3, 1e-3, 0.5
+    state, expected = fresh(D, device=case.device), oracle.fresh_state(D)
+    for step in range(3):
+        x = batch(N, D, step, device=case.device)
+        x[:, j] = value
+        out = train(x, state, case, eps=eps, beta=beta)
+        true, expected = oracle.train_step(to_numpy(x), expected)
+    assert not state.running_cov[j].any()
+    assert not state.running_cov[:, j].any()
+    assert state.running_std[j] == 0
+    assert_matches_oracle(state, expected)
+    assert relative(to_numpy(out), true, axis=0) <= CLOSE
+
+    t = to_numpy(state.scale)[j] / math.sqrt(expected.C.trace() / _scaled_variance(expected, eps, beta))
+    assert t == pytest.approx(eps**-beta, rel=CLOSE)
+
+
+def _scaled_variance(state, eps, beta):
+    gamma = (oracle.correlation(state.C, state.sigma).clip(-1, 1) ** 2).mean(1)
+    return (state.C.diagonal() * (gamma * state.sigma + eps) ** (-2 * beta)).sum() + eps
+
+
+def test_feature_that_stops_varying(case):
+    """Its statistics decay; nothing else happens."""
+    state = warm(7, device=case.device)
+    expected = state.oracle()
+    for step in range(20):
+        x = batch(17, 7, step, device=case.device)
+        x[:, 2] = 0.3
+        train(x, state, case)
+        _, expected = oracle.train_step(to_numpy(x), expected)
+    assert_matches_oracle(state, expected)
+
+
+# ---- E == 0 ----
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("N", [2, 17, 300])
+def test_no_variance_at_all_gives_scale_1(case, N, stop_gradient):
+    x = batch(1, 7, device=case.device).repeat(N, 1)
+    dout = upstream(N, 7, device=case.device)
+    state = fresh(7, device=case.device)
+    out, dx = train_with_gradient(x, dout, state, case, stop_gradient=stop_gradient)
+    assert same_bits(out, x)
+    assert same_bits(dx, dout)
+    assert same_bits(state.scale, torch.ones_like(state.scale))
+    assert not state.running_cov.any()
+    assert not state.running_std.any()
+    assert state.num_batches_tracked == 1
+
+
+# ---- N = 0 and N = 1 ----
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(case, dtype, stop_gradient):
+    """Empty output, state untouched, backward works."""
+    state = warm(7, dtype, case.device)
+    before = state.clone()
+    x = torch.empty(0, 7, dtype=dtype, device=case.device)
+    out, dx = train_with_gradient(x, torch.empty_like(x), state, case, stop_gradient=stop_gradient)
+    assert out.shape == dx.shape == (0, 7)
+    assert out.dtype == dx.dtype == dtype
+    assert_untouched(state, before)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_one_row(case, dtype, stop_gradient, bias_correction):
+    """State untouched; ``out = x * stored scale``, and not the scale that the statistics call for."""
+    state = warm(7, dtype, case.device)
+    state.scale.copy_(torch.linspace(0.5, 2, 7))
+    before = state.clone()
+    x, dout = (f(1, 7, dtype=dtype, device=case.device) for f in (batch, upstream))
+    options = {"stop_gradient": stop_gradient, "bias_correction": bias_correction}
+    out, dx = train_with_gradient(x, dout, state, case, **options)
+    assert same_bits(out, (x * before.scale).to(dtype))
+    assert same_bits(dx, (dout * before.scale).to(dtype))
+    assert_untouched(state, before)
+
+
+@pytest.mark.parametrize("N", [0, 1])
+def test_one_row_or_none_without_a_stored_scale_uses_the_statistics(case, N):
+    state = warm(7, device=case.device)
+    x = batch(N, 7, device=case.device)
+    out = isobn(x, state.running_cov, state.running_std, training=True, backend=case.backend)
+    scale = oracle.compute_scale(*state.oracle()[:2])
+    assert relative(to_numpy(out), to_numpy(x) * scale, axis=0) <= CLOSE
+
+
+# ---- NaN and Inf ----
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 1, -1])
+@pytest.mark.parametrize("N", [2, 17, 300])
+def test_feature_with_nan_or_inf_is_skipped(case, N, row, value):
+    """Row j, column j and sigma_j keep their bits; all else is as the oracle has it, and finite."""
+    D, bad = 67, [0, 5, 66]  # the first and last column, and one inside a vector
+    state = warm(D, device=case.device)
+    before, expected = state.clone(), state.oracle()
+    x = batch(N, D, device=case.device)
+    x[row, bad] = value
+    out = train(x, state, case)
+    true, expected = oracle.train_step(to_numpy(x), expected)
+    for j in bad:
+        assert same_bits(state.running_cov[j], before.running_cov[j])
+        assert same_bits(state.running_cov[:, j], before.running_cov[:, j])
+        assert same_bits(state.running_std[j], before.running_std[j])
+    assert_finite(state)
+    assert_symmetric(state.running_cov)
+    assert_matches_oracle(state, expected)
+    assert state.num_batches_tracked == expected.t
+
+    good = x.isfinite()
+    assert same_bits(out.isfinite(), good), "only the elements that came in as NaN or Inf may go out so"
+    assert same_bits(out.isnan(), x.isnan())
+    kept, true = to_numpy(torch.where(good, out, 0.0)), np.where(to_numpy(good), true, 0.0)
+    assert relative(kept, true, axis=0) <= CLOSE
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_batch_of_nothing_but_nan_or_inf(case, value):
+    state = warm(7, device=case.device)
+    before = state.clone()
+    out = train(torch.full((17, 7), value, device=case.device), state, case)
+    assert same_bits(out.isnan() if math.isnan(value) else out.isinf(), torch.ones_like(out, dtype=torch.bool))
+    assert same_bits(state.running_cov, before.running_cov)
+    assert same_bits(state.running_std, before.running_std)
+    assert relative(to_numpy(state.scale), oracle.compute_scale(*before.oracle()[:2])) <= CLOSE
+    assert state.num_batches_tracked == before.num_batches_tracked + 1
+
+
+def test_state_stays_finite_whatever_comes_in(case):
+    state = fresh(7, device=case.device)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        x = batch(17, 7, step)
+        x[torch.rand(17, 7, generator=generator) < 0.05] = (math.nan, math.inf, -math.inf)[step % 3]
+        train(x.to(case.device), state, case)
+        assert_finite(state)
+        assert_symmetric(state.running_cov)
+    assert state.running_std.all(), "with one element in 20 lost, every feature still learns something"
+
+
+def test_deviation_that_overflows_is_skipped(case):
+    """Finite input whose squares are not: ``s_j`` is infinite in float32."""
+    state = warm(7, device=case.device)
+    before, expected = state.clone(), state.oracle()
+    x = batch(17, 7, device=case.device)
+    x[:, 4] *= 1e25
+    out = train(x, state, case)
+    _, expected = oracle.train_step(to_numpy(x), expected, largest=torch.finfo(torch.float32).max)
+    assert same_bits(state.running_cov[4], before.running_cov[4])
+    assert_matches_oracle(state, expected)
+    assert relative(to_numpy(out), to_numpy(x) * expected.scale, axis=0) <= CLOSE
+
+
+def test_differences_that_overflow(case):
+    """Both ends of float32 in one feature: ``x - x_0`` is infinite though x is not."""
+    state = warm(7, device=case.device)
+    before = state.clone()
+    x = batch(17, 7, device=case.device)
+    x[::2, 4], x[1::2, 4] = 3e38, -3e38
+    train(x, state, case)
+    assert same_bits(state.running_cov[4], before.running_cov[4])
+    assert_finite(state)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-22, 1e-10, 1e10, 1e18])
+def test_state_and_scale_are_finite_for_any_magnitude(case, magnitude):
+    state = fresh(7, device=case.device)
+    for step in range(5):
+        out = train(batch(17, 7, step, device=case.device) * magnitude, state, case)
+        assert out.isfinite().all()
+        assert_finite(state)
+        assert (state.scale > 0).all()
+
+
+# ---- Mean far larger than deviation ----
+
+
+@BOTH_MODES
+def test_saturated_tanh(case, stop_gradient):
+    """Mean 0.99, deviation 0.01: relative accuracy of the statistics as for any other batch."""
+    state, expected = fresh(65, device=case.device), oracle.fresh_state(65)
+    for step in range(5):
+        x = torch.tanh(2.6 + 0.5 * batch(33, 65, step, offset=0)).to(case.device)
+        train(x, state, case, stop_gradient=stop_gradient)
+        _, expected = oracle.train_step(to_numpy(x), expected)
+    assert_matches_oracle(state, expected)
+
+
+# ---- 16-bit input and what the user set around it ----
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
+def test_autocast_changes_no_bit(case, dtype, stop_gradient):
+    x, dout = (f(17, 65, dtype=dtype, device=case.device) for f in (batch, upstream))
+    plain, under = fresh(65, device=case.device), fresh(65, device=case.device)
+    out, dx = train_with_gradient(x, dout, plain, case, stop_gradient=stop_gradient)
+    with torch.autocast(case.device, dtype=torch.bfloat16):
+        out_under, dx_under = train_with_gradient(x, dout, under, case, stop_gradient=stop_gradient)
+        evaluated = isobn(x, under.running_cov, under.running_std, backend=case.backend)
+    assert same_bits(out_under, out)
+    assert same_bits(dx_under, dx)
+    assert_same_state(under, plain)
+    assert evaluated.dtype == dtype
+
+
+def matmul_settings():
+    parts = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    return torch.get_float32_matmul_precision(), *(part.fp32_precision for part in parts)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_matmul_precision_changes_no_bit(case, precision, stop_gradient):
+    x, dout = batch(64, 384, device=case.device), upstream(64, 384, device=case.device)
+    plain, under = fresh(384, device=case.device), fresh(384, device=case.device)
+    out, dx = train_with_gradient(x, dout, plain, case, stop_gradient=stop_gradient)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        chosen = matmul_settings()
+        out_under, dx_under = train_with_gradient(x, dout, under, case, stop_gradient=stop_gradient)
+        assert matmul_settings() == chosen, "the choice of the user is to be left as it was"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert same_bits(out_under, out)
+    assert same_bits(dx_under, dx)
+    assert_same_state(under, plain)
+
+
+def test_float16_output_may_overflow_when_rounded(case):
+    """The arithmetic does not overflow; only the rounding of the output to the dtype of x does."""
+    state = fresh(2, torch.float16, case.device)
+    x = torch.tensor([[6e4, 1.0], [-6e4, 2.0]], dtype=torch.float16, device=case.device)
+    out = train(x, state, case, eps=1e-8)
+    assert_finite(state)
+    expected = (x.float() * state.scale).to(torch.float16)
+    assert same_bits(out, expected)
+
+
+# ---- Statistics at the edge of float32 ----
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-45, 1e-40, 1e-38])
+def test_deviation_decayed_to_nothing_with_covariance_left(case, sigma):
+    state = warm(7, device=case.device)
+    state.running_std[2] = sigma
+    scale = isobn(torch.ones(1, 7, device=case.device), state.running_cov, state.running_std, backend=case.backend)
+    assert scale.isfinite().all()
+    if sigma == 0:
+        assert relative(to_numpy(scale[0]), oracle.compute_scale(*state.oracle()[:2])) <= CLOSE
+    x = batch(17, 7, device=case.device)
+    x[:, 2] = 1.0
+    for stop_gradient in (True, False):
+        after = state.clone()
+        out, dx = train_with_gradient(x, x, after, case, stop_gradient=stop_gradient)
+        assert out.isfinite().all()
+        assert dx.isfinite().all()
+        assert_finite(after)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_momentum_0_learns_nothing_but_counts(case, bias_correction):
+    state = warm(7, device=case.device)
+    before = state.clone()
+    train(batch(17, 7, device=case.device), state, case, momentum=0.0, bias_correction=bias_correction)
+    assert same_bits(state.running_cov, before.running_cov)
+    assert same_bits(state.running_std, before.running_std)
+    assert state.num_batches_tracked == before.num_batches_tracked + 1
+    # 1 - (1 - 0)^t is 0: no correction.
+    assert relative(to_numpy(state.scale), oracle.compute_scale(*before.oracle()[:2])) <= CLOSE
+
+
+def test_no_correction_before_the_first_update(case):
+    """Statistics loaded by hand, a counter at 0: ``w == 0``, so that they are taken as they are."""
+    state = warm(7, device=case.device)
+    state.num_batches_tracked.zero_()
+    arguments = {"num_batches_tracked": state.num_batches_tracked, "bias_correction": True, "backend": case.backend}
+    scale = isobn(torch.ones(1, 7, device=case.device), state.running_cov, state.running_std, **arguments)
+    assert relative(to_numpy(scale[0]), oracle.compute_scale(*state.oracle()[:2])) <= CLOSE
+
+
+def test_momentum_1_forgets_everything(case):
+    x = batch(17, 7, device=case.device)
+    states = fresh(7, device=case.device), warm(7, device=case.device)
+    for state in states:
+        train(x, state, case, momentum=1.0)
+    assert same_bits(states[0].running_cov, states[1].running_cov)
+    assert same_bits(states[0].running_std, states[1].running_std)
+    assert same_bits(states[0].scale, states[1].scale)
+
+
+def test_beta_0_scales_all_features_alike(case):
+    state = fresh(7, device=case.device)
+    train(batch(17, 7, device=case.device), state, case, beta=0.0)
+    assert same_bits(state.scale, state.scale[:1].expand(7))
+
+
+# ---- Symmetry ----
+
+
+@pytest.mark.parametrize("N", [2, 17, 300])
+@pytest.mark.parametrize("D", [1, 7, 65, 130, 384])
+def test_running_cov_is_bit_symmetric_after_every_update(case, N, D):
+    state = fresh(D, device=case.device)
+    for step in range(3):
+        train(batch(N, D, step, device=case.device), state, case)
+        assert_symmetric(state.running_cov)
+
+
+@pytest.mark.parametrize("D", [7, 65, 200])
+@pytest.mark.parametrize("options", [{}, {"stop_gradient": False}, {"bias_correction": True}], ids=str)
+def test_only_the_upper_triangle_is_read(case, D, options):
+    """NaN below the diagonal: every result keeps its bits, and an update writes the lower triangle anew."""
+    x, dout = batch(17, D, device=case.device), upstream(17, D, device=case.device)
+    x[3, 2] = math.nan  # also for a skipped feature
+    dout[:, 2] = 0
+    clean = warm(D, device=case.device)
+    edited = clean.clone()
+    edited.running_cov[torch.tril_indices(D, D, -1).unbind()] = math.nan
+    scales = [
+        isobn(torch.ones(1, D, device=case.device), s.running_cov, s.running_std, backend=case.backend)
+        for s in (clean, edited)
+    ]
+    assert same_bits(*scales)
+    results = [train_with_gradient(x, dout, s, case, **options) for s in (clean, edited)]
+    assert same_bits(results[0][0], results[1][0])
+    assert same_bits(results[0][1], results[1][1])
+    assert_same_state(edited, clean)
+    assert_symmetric(edited.running_cov)
+    assert_finite(edited)
