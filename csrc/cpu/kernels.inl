@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__AVX__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -26,18 +26,34 @@ struct Vector {
 };
 
 // Sum of a vector's lanes, by halves.
-template <class S, int L, class V>
-inline S sum_lanes(const V& v) {
-  if constexpr (L == 2) {
-    return v[0] + v[1];
-  } else {
-    typedef S Half __attribute__((vector_size(L / 2 * sizeof(S))));
-    Half low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof low);
-    return sum_lanes<S, L / 2>(low + high);
-  }
+#if defined(__x86_64__)
+inline float sum_lanes(__m128 v) {
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));
 }
+inline double sum_lanes(__m128d v) { return _mm_cvtsd_f64(_mm_add_sd(v, _mm_unpackhi_pd(v, v))); }
+#if defined(__AVX__)
+inline float sum_lanes(__m256 v) { return sum_lanes(_mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1))); }
+inline double sum_lanes(__m256d v) {
+  return sum_lanes(_mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1)));
+}
+#endif
+#if defined(__AVX512F__)
+inline float sum_lanes(__m512 v) {
+  return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+}
+inline double sum_lanes(__m512d v) {
+  return sum_lanes(_mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)));
+}
+#endif
+#else
+template <class V>
+inline auto sum_lanes(V v) {
+  auto sum = v[0];
+  for (size_t l = 1; l < sizeof(V) / sizeof(sum); ++l) sum += v[l];
+  return sum;
+}
+#endif
 
 // ---- 16-bit types ----
 
@@ -124,7 +140,11 @@ inline void store_row(const S* row, int width, X* x) {
     }
   }
 #endif
-  for (int j = 0; j < width; ++j) narrow(row[j], x + j);
+  if (width == P) {
+    for (int j = 0; j < P; ++j) narrow(row[j], x + j);
+  } else {
+    for (int j = 0; j < width; ++j) narrow(row[j], x + j);
+  }
 }
 
 // Column sums of many rows: a short run in S, then the runs in double, so that the error does not grow with N.
@@ -325,31 +345,44 @@ inline void stream_row(const S* row, S* to) {
 #endif
 }
 
-// C_ij <- keep C_ij + gain B_ij, R_ij, and the sums of R_ij^2 along the tile's row i (returned) and its columns.
+// C_ij <- keep C_ij + gain B_ij and the sums of R_ij^2 along the tile's rows and columns. `fresh` holds B and becomes C;
+// `C` is its place in the matrix, or null. Without kUpdate C_ij is `old`, and nothing but the sums is written.
 template <bool kUpdate, class S>
-inline S tile_row(const S* old, const S* B, S keep, S gain, S inv_i, const S* inv_j, S* fresh,
-                  typename Vector<S>::type* col_sums) {
+inline void correlate(const Tile<S>& tile, const S* old, int64_t old_stride, S* fresh, S* C, S* row_sums, S* col_sums) {
   using V = typename Vector<S>::type;
-  constexpr int L = Vector<S>::lanes;
-  const V one = V{} + S(1), inv = V{} + inv_i;
-  V sums = {};
-  for (int v = 0; v < P / L; ++v) {
-    V c = *reinterpret_cast<const V*>(old + v * L);
-    if (kUpdate) {
-      c = keep * c + gain * *reinterpret_cast<const V*>(B + v * L);
-      *reinterpret_cast<V*>(fresh + v * L) = c;
+  constexpr int L = Vector<S>::lanes, NV = P / L;
+  const V one = V{} + S(1);
+  const S keep = tile.keep, gain = tile.gain;
+  const V* const inv_j = reinterpret_cast<const V*>(tile.inv_j);
+  V columns[NV] = {};
+  for (int i = 0; i < tile.hi; ++i) {
+    const V* const old_row = reinterpret_cast<const V*>(old + i * old_stride);
+    V* const row = reinterpret_cast<V*>(fresh + i * P);
+    V* const to = reinterpret_cast<V*>(C + i * tile.D);
+    const V inv_i = V{} + tile.inv_i[i];
+    V sum = {};
+    for (int v = 0; v < NV; ++v) {
+      V c = old_row[v];
+      if (kUpdate) {
+        c = keep * c + gain * row[v];
+        row[v] = c;
+        if (C != nullptr) to[v] = c;
+      }
+      const V r = clamp(correlation(c, inv_i, inv_j[v]), -one, one);
+      sum += r * r;
+      columns[v] += r * r;
     }
-    const V r = clamp(correlation(c, inv, *reinterpret_cast<const V*>(inv_j + v * L)), -one, one);
-    sums += r * r;
-    col_sums[v] += r * r;
+    row_sums[i] = sum_lanes(sum);
   }
-  return sum_lanes<S, L>(sums);
+  for (int v = 0; v < NV; ++v) reinterpret_cast<V*>(col_sums)[v] = columns[v];
 }
 
 template <bool kUpdate, class S>
 void process_tile(const Tile<S>& tile) {
   constexpr int64_t kChunk = 128;  // rows of the batch at a time: two panel pieces of 32 KB
   const bool on_diagonal = tile.i0 == tile.j0;
+  const bool masked = kUpdate && tile.seen_i != nullptr;
+  S* const C = tile.C + tile.i0 * tile.D + tile.j0;
   S* const fresh = tile.scratch;
   S* const other = tile.scratch + P * P;
   if (kUpdate)
@@ -359,7 +392,7 @@ void process_tile(const Tile<S>& tile) {
 
   // The old values: in place, but for a tile at the edge (padded with zeros) or on the diagonal, whose lower half is
   // taken from its upper one. The new lower half then equals the upper bit for bit: the same products, the same order.
-  const S* old = tile.C + tile.i0 * tile.D + tile.j0;
+  const S* old = C;
   int64_t old_stride = tile.D;
   S padded[P * P];
   if (on_diagonal || tile.wj < P) {
@@ -377,25 +410,23 @@ void process_tile(const Tile<S>& tile) {
       for (int j = 0; j < P; ++j) padded[i * P + j] = j < i ? other[i * P + j] : padded[i * P + j];
   }
 
-  typename Vector<S>::type col_sums[P / Vector<S>::lanes] = {};
-  for (int i = 0; i < tile.hi; ++i) {
-    const S* old_row = old + i * old_stride;
-    S* row = fresh + i * P;
-    if (kUpdate && tile.seen_i != nullptr) {  // rare: a feature that this batch does not update keeps its bits
-      S chosen[P];
+  S col_sums[P];
+  const bool whole = tile.wj == P && !masked;
+  if (masked) {  // rare: a feature that this batch does not update keeps its bits
+    for (int i = 0; i < tile.hi; ++i)
       for (int j = 0; j < P; ++j) {
-        const bool seen = tile.seen_i[i] && tile.seen_j[j];
-        chosen[j] = seen ? tile.keep * old_row[j] + tile.gain * row[j] : old_row[j];
+        const S c = old[i * old_stride + j];
+        S* const to = fresh + i * P + j;
+        *to = tile.seen_i[i] && tile.seen_j[j] ? tile.keep * c + tile.gain * *to : c;
       }
-      tile.row_sums[i] = tile_row<false>(chosen, row, tile.keep, tile.gain, tile.inv_i[i], tile.inv_j, row, col_sums);
-      std::memcpy(row, chosen, sizeof chosen);
-    } else {
-      tile.row_sums[i] =
-          tile_row<kUpdate>(old_row, row, tile.keep, tile.gain, tile.inv_i[i], tile.inv_j, row, col_sums);
-    }
-    if (kUpdate) std::memcpy(tile.C + (tile.i0 + i) * tile.D + tile.j0, row, size_t(tile.wj) * sizeof(S));
-    if (on_diagonal) tile.diagonal[i] = kUpdate ? row[i] : old_row[i];
+    correlate<false>(tile, fresh, int64_t(P), fresh, static_cast<S*>(nullptr), tile.row_sums, col_sums);
+  } else {
+    correlate<kUpdate>(tile, old, old_stride, fresh, whole ? C : nullptr, tile.row_sums, col_sums);
   }
+  if (kUpdate && !whole)
+    for (int i = 0; i < tile.hi; ++i) std::memcpy(C + i * tile.D, fresh + i * P, size_t(tile.wj) * sizeof(S));
+  if (on_diagonal)
+    for (int i = 0; i < tile.hi; ++i) tile.diagonal[i] = (kUpdate ? fresh : padded)[i * P + i];
   if (on_diagonal) return;
   std::memcpy(tile.col_sums, col_sums, sizeof col_sums);
 
