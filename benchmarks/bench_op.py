@@ -13,7 +13,8 @@ Providers, in one process:
 
 Method. First a gate: from one common state every provider takes one step, and its output, gradient and statistics are
 compared with float64; a provider that is wrong is reported, and not timed. Then rounds: each times every provider
-once, in rotating order, on a batch drawn before; a sample is the mean of enough calls to fill a millisecond. Statistics
+once, in rotating order, on a batch drawn before; a sample is the mean of enough calls to fill a millisecond, after one
+untimed call. Statistics
 live on from call to call, as in training. Both modes hand in a batch that requires grad; "forward+backward" adds the
 gradient of the batch from a ready dout. Shown are medians and quartiles, and the median over rounds of the ratio
 to the base within the same round. On CUDA each mode is timed by two clocks: events around every call, launches
@@ -305,6 +306,7 @@ def measure(shape: Shape, threads: int, names: list[str], base: str, args: argpa
             x.copy_(draw())
         for i in range(len(timed)):
             _, clock, run, times, samples = timed[(i + rounds) % len(timed)]
+            run()  # what the one before left in the caches is not its cost
             samples.append(clock(run, times))
         rounds += 1
 

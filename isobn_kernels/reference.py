@@ -73,13 +73,14 @@ def train_forward(
         y, s = centre(x.to(running_cov.dtype))
         B = y.T @ y / y.shape[0]  # (3)
     seen = s.isfinite()
-    C = torch.where(seen[:, None] & seen, (1 - momentum) * running_cov + momentum * B, running_cov)  # (4)
-    sigma = torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+    C = (1 - momentum) * running_cov + momentum * B  # (4)
+    C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
     running_cov.copy_(symmetric(C))
-    running_std.copy_(sigma)
+    running_std.copy_(torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std))
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    saved_scale = compute_scale(running_cov, running_std, num_batches_tracked, momentum, eps, beta, bias_correction)
+    w = correction_weight(num_batches_tracked, momentum, bias_correction)
+    saved_scale = scale_of(running_cov / w, running_std / w, eps, beta)
     scale.copy_(saved_scale)
     return apply_scale(x, saved_scale), saved_scale
 
@@ -95,11 +96,7 @@ def compute_scale(
 ) -> Tensor:
     """The scale (D,) that the statistics call for: equations (5)-(9)."""
     w = correction_weight(num_batches_tracked, momentum, bias_correction)
-    C, sigma = symmetric(running_cov) / w, running_std / w
-    gamma = correlation(C, sigma).clamp(-1, 1).square().mean(dim=1)  # (6)
-    t = (gamma * sigma + eps) ** -beta  # (7)
-    E, E_prime = C.diagonal().sum(), (C.diagonal() * t.square()).sum()  # (8)
-    return torch.where(E == 0, torch.ones_like(t), t * (E / (E_prime + eps)).sqrt())  # (9)
+    return scale_of(symmetric(running_cov) / w, running_std / w, eps, beta)
 
 
 def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
@@ -160,6 +157,14 @@ def train_backward(
     return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(x.dtype).contiguous()
 
 
+def scale_of(C: Tensor, sigma: Tensor, eps: float, beta: float) -> Tensor:
+    """(5)-(9) for a symmetric C."""
+    gamma = correlation(C, sigma).clamp(-1, 1).square().mean(dim=1)  # (6)
+    t = (gamma * sigma + eps) ** -beta  # (7)
+    E, E_prime = C.diagonal().sum(), (C.diagonal() * t.square()).sum()  # (8)
+    return torch.where(E == 0, torch.ones_like(t), t * (E / (E_prime + eps)).sqrt())  # (9)
+
+
 def centre(x: Tensor) -> tuple[Tensor, Tensor]:
     """(1) and (2): the centred batch (N, D) and its deviations (D,).
 
@@ -182,10 +187,9 @@ def reciprocal(sigma: Tensor) -> Tensor:
 
 
 def correlation(C: Tensor, sigma: Tensor) -> Tensor:
-    """(5) before the clamp."""
+    """(5) before the clamp. Where 1/sigma_j := 0 and the first product overflowed, Inf * 0 is the 0 that was meant."""
     inv = reciprocal(sigma)
-    known = inv > 0
-    return torch.where(known[:, None] & known, C * inv[:, None] * inv, 0.0)
+    return (C * inv[:, None] * inv).nan_to_num(nan=0.0)
 
 
 def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_correction: bool) -> Tensor | float:

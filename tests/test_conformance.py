@@ -156,6 +156,9 @@ def check(scenario, case):
 
 
 LONG = (1, 2, 5, 60)
+# With bias correction, R_ii is 1 plus the square of how much s_i differs between batches: after two of them, some
+# feature is within rounding of the clamp, and its gradient is either of two values.
+UNCLEAR_AT_2 = (1, 5)
 
 # A covering subset: every N, D and dtype, every option, block edges (64 | 65) and batches that span several chunks.
 SCENARIOS = [
@@ -174,18 +177,19 @@ SCENARIOS = [
     Scenario(129, 64, steps=LONG),
     Scenario(129, 384, bf16),
     Scenario(2, 384, stop_gradient=False, trained=True),
-    Scenario(17, 384, stop_gradient=False, bias_correction=True),
+    Scenario(17, 384, steps=UNCLEAR_AT_2, stop_gradient=False, bias_correction=True),
     Scenario(17, 768),
     Scenario(129, 768, fp16, (1,)),
     Scenario(2, 1000, steps=(1, 2)),
     Scenario(3, 1000, fp64, (1,)),
     # More rows than any kernel takes at once.
     *(Scenario(N, 65) for N in (255, 256, 257)),
-    Scenario(300, 64, stop_gradient=False, bias_correction=True),
+    Scenario(300, 64, steps=UNCLEAR_AT_2, stop_gradient=False, bias_correction=True),
     Scenario(1030, 7, fp16),
     Scenario(1030, 65, fp64),
     # Options.
-    *(Scenario(17, 65, bias_correction=True, stop_gradient=s, steps=LONG) for s in (True, False)),
+    Scenario(17, 65, steps=LONG, bias_correction=True),
+    Scenario(17, 65, steps=(*UNCLEAR_AT_2, 60), bias_correction=True, stop_gradient=False),
     Scenario(129, 7, bf16, bias_correction=True),
     *(Scenario(17, 7, beta=b, stop_gradient=s) for b in (0.0, 0.3, 1.0) for s in (True, False)),
     *(Scenario(17, 7, momentum=m, bias_correction=b) for m in (0.0, 1.0) for b in (True, False)),
@@ -202,7 +206,7 @@ FULL = [
     *(Scenario(N, D, dtype, LONG if D < 100 else (1, 2, 5)) for N, D, dtype in _PRODUCT),
     # Two or three rows alone are correlated to 1 or nearly, where the gradient jumps: trained statistics are not.
     *(
-        Scenario(N, D, dtype, (1, 2, 5), stop_gradient=False, bias_correction=N > 3, trained=N <= 3)
+        Scenario(N, D, dtype, UNCLEAR_AT_2, stop_gradient=False, bias_correction=N > 3, trained=N <= 3)
         for N, D, dtype in _PRODUCT
     ),
 ]
