@@ -14,11 +14,10 @@ Providers, in one process:
 Method. First a gate: from one common state every provider takes one step, and its output, gradient and statistics are
 compared with float64; a provider that is wrong is reported, and not timed. Then rounds: each times every provider
 once, in rotating order, on a batch drawn before; a sample is the mean of enough calls to fill a millisecond, after one
-untimed call. Statistics
-live on from call to call, as in training. Both modes hand in a batch that requires grad; "forward+backward" adds the
-gradient of the batch from a ready dout. Shown are medians and quartiles, and the median over rounds of the ratio
-to the base within the same round. On CUDA each mode is timed by two clocks: events around every call, launches
-included, and replays of a CUDA graph; both find small statistics in the L2 cache.
+untimed call. Statistics live on from call to call, as in training. Both modes hand in a batch that requires grad;
+"forward+backward" adds the gradient of the batch from a ready dout. Shown are medians and quartiles, and the median
+over rounds of the ratio to the base within the same round. On CUDA each mode is timed by two clocks: events around
+every call, launches included, and replays of a CUDA graph; both find small statistics in the L2 cache.
 
 Of this script only the CPU half has ever run: the CUDA half is unproven.
 

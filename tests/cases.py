@@ -5,18 +5,22 @@ from typing import NamedTuple
 
 import pytest
 
-from isobn_kernels import backends
+from isobn_kernels import backends, functional
 
 _ISA_NAMES = {"baseline": "the baseline instructions", "avx2": "AVX2 and FMA", "avx512": "AVX-512"}
 
 
 class Case(NamedTuple):
-    """A backend, the device its tensors live on and, for the CPU kernels, the instruction set to run them with."""
+    """A backend, the device its tensors live on and, for the CPU kernels, the instruction set to run them with.
+
+    A case that is ``large`` takes, whatever the batch, the path that large batches take through autograd.
+    """
 
     name: str
     backend: str
     device: str = "cpu"
     isa: str | None = None
+    large: bool = False
 
     def missing(self):
         """What this machine lacks to run the case, in words, or None."""
@@ -29,23 +33,25 @@ class Case(NamedTuple):
 
     @contextlib.contextmanager
     def selected(self):
-        """The case's instruction set is in use inside; the one before it afterwards."""
-        if self.isa is None:
-            yield self
-            return
-        before = kernels().instruction_set()
-        kernels().set_instruction_set(self.isa)
-        try:
+        """The case's instruction set and path are in use inside; those before it afterwards."""
+        small, before = functional._SMALL, self.isa and kernels().instruction_set()
+        if self.large:
+            functional._SMALL = -1
+        if self.isa:
+            kernels().set_instruction_set(self.isa)
             assert kernels().instruction_set() == self.isa
+        try:
             yield self
         finally:
-            kernels().set_instruction_set(before)
+            functional._SMALL = small
+            if self.isa:
+                kernels().set_instruction_set(before)
 
 
 CASES = [
-    Case("reference", "reference"),
+    Case("reference", "reference", large=True),
     Case("cpu-baseline", "cpu", isa="baseline"),
-    Case("cpu-avx2", "cpu", isa="avx2"),
+    Case("cpu-avx2", "cpu", isa="avx2", large=True),
     Case("cpu-avx512", "cpu", isa="avx512"),
 ]
 REFERENCE = CASES[0]

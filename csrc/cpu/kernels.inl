@@ -152,11 +152,11 @@ template <class S>
 class ColumnSums {
  public:
   void add(const S* row) {
-    for (int j = 0; j < P; ++j) run_[j] += row[j];
+    for (int v = 0; v < NV; ++v) run_[v] += reinterpret_cast<const V*>(row)[v];
     if (++rows_ == 128) flush();
   }
   void add_products(const S* a, const S* b) {
-    for (int j = 0; j < P; ++j) run_[j] += a[j] * b[j];
+    for (int v = 0; v < NV; ++v) run_[v] += reinterpret_cast<const V*>(a)[v] * reinterpret_cast<const V*>(b)[v];
     if (++rows_ == 128) flush();
   }
   const double* total() {
@@ -165,14 +165,19 @@ class ColumnSums {
   }
 
  private:
+  using V = typename Vector<S>::type;
+  static constexpr int NV = P / Vector<S>::lanes;
+
   void flush() {
-    for (int j = 0; j < P; ++j) {
-      total_[j] += run_[j];
-      run_[j] = S(0);
+    S run[P];
+    for (int v = 0; v < NV; ++v) {
+      reinterpret_cast<V*>(run)[v] = run_[v];
+      run_[v] = V{};
     }
+    for (int j = 0; j < P; ++j) total_[j] += run[j];
     rows_ = 0;
   }
-  S run_[P] = {};
+  V run_[NV] = {};
   double total_[P] = {};
   int rows_ = 0;
 };
@@ -190,7 +195,8 @@ bool centre_rows(const Strided& x, int64_t N, int width, S* y, S* s) {
     sums.add(z);
   }
   S mean[P];
-  for (int j = 0; j < P; ++j) mean[j] = S(sums.total()[j] / double(N));
+  const double* const total = sums.total();
+  for (int j = 0; j < P; ++j) mean[j] = S(total[j] / double(N));
   ColumnSums<S> squares;
   for (int64_t n = 0; n < N; ++n) {
     S* row = y + n * P;
@@ -198,8 +204,9 @@ bool centre_rows(const Strided& x, int64_t N, int width, S* y, S* s) {
     squares.add_products(row, row);
   }
   bool all_finite = true;
+  const double* const total_squares = squares.total();
   for (int j = 0; j < P; ++j) {
-    s[j] = S(std::sqrt(squares.total()[j] / double(N)));
+    s[j] = S(std::sqrt(total_squares[j] / double(N)));
     if (s[j] <= Limits<S>::max) continue;
     all_finite = false;
     for (int64_t n = 0; n < N; ++n) y[n * P + j] = S(0);
@@ -228,7 +235,8 @@ void dot_rows(const Strided& a, const Strided& b, int64_t N, int width, S* g) {
     load_row(static_cast<const X*>(b.data) + n * b.row_stride, b.col_stride, width, row_b);
     sums.add_products(row_a, row_b);
   }
-  for (int j = 0; j < P; ++j) g[j] = S(sums.total()[j]);
+  const double* const total = sums.total();
+  for (int j = 0; j < P; ++j) g[j] = S(total[j]);
 }
 
 // Calls the loop for the dtype of x: the 16-bit types have float state, the others their own.
