@@ -109,7 +109,7 @@ def isobn(
     if needs_grad and not stop_gradient:
         out = _TrainThroughStatistics.apply(rows, *args)[0]
     elif transformed or (needs_grad and _is_small(x)):
-        out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype)
+        out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype).contiguous()
     elif needs_grad:
         out = _Train.apply(rows, args)
     else:
@@ -314,14 +314,19 @@ def _check_tensors(
     scale: Tensor | None,
     num_batches_tracked: Tensor | None,
 ) -> None:
-    for name, tensor in (("x", x), ("running_cov", running_cov), ("running_std", running_std)):
+    given = {"x": x, "running_cov": running_cov, "running_std": running_std}
+    if scale is not None:
+        given["scale"] = scale
+    if num_batches_tracked is not None:
+        given["num_batches_tracked"] = num_batches_tracked
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be dense (layout torch.strided), got layout {tensor.layout}: use to_dense()")
     state_dtype = _STATE_DTYPE.get(x.dtype)
     if state_dtype is None:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be a dense tensor (layout torch.strided), got layout {x.layout}: x.to_dense()")
     if running_std.dim() != 1 or running_std.shape[0] == 0:
         raise ValueError(
             f"running_std must have shape (num_features,), num_features at least 1, got {tuple(running_std.shape)}"
@@ -329,22 +334,18 @@ def _check_tensors(
     D = running_std.shape[0]
     if x.dim() == 0 or x.shape[-1] != D:
         raise ValueError(f"x must have shape (..., {D}), as running_std has {D} features, got {tuple(x.shape)}")
-    state = [
-        ("running_cov", running_cov, (D, D), state_dtype),
-        ("running_std", running_std, (D,), state_dtype),
-    ]
-    if scale is not None:
-        state.append(("scale", scale, (D,), state_dtype))
-    if num_batches_tracked is not None:
-        state.append(("num_batches_tracked", num_batches_tracked, (), torch.int64))
-    for name, tensor, shape, dtype in state:
+    vector = ((D,), state_dtype)
+    expected = {"running_cov": ((D, D), state_dtype), "running_std": vector, "scale": vector}
+    expected["num_batches_tracked"] = ((), torch.int64)
+    del given["x"]
+    for name, tensor in given.items():
+        shape, dtype = expected[name]
         if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != dtype:
-            raise TypeError(
-                f"{name} must be {dtype}, as x is {x.dtype}, got {tensor.dtype}; "
-                "the statistics are float32, or float64 for float64 x (module.double())"
-            )
+            because = "" if dtype is torch.int64 else f" for x in {x.dtype}"
+            hint = ": module.double() makes the statistics float64" if x.dtype is torch.float64 else ""
+            raise TypeError(f"{name} must be {dtype}{because}, got {tensor.dtype}{hint}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
         if tensor.requires_grad:

@@ -43,6 +43,9 @@ from torch import Tensor
 
 NAME = "reference"
 
+# Rows of the batch in one matrix product: a longer one, of few columns, adds up inaccurately in some BLAS libraries.
+_ROWS = 4096
+
 
 def unavailable_reason() -> str | None:
     """Why this backend cannot run here, or None: it always can."""
@@ -71,18 +74,22 @@ def train_forward(
     """
     with _exact_float32_matmul(x):
         y, s = centre(x.to(running_cov.dtype))
-        B = y.T @ y / y.shape[0]  # (3)
+        B = sum(rows.T @ rows for rows in y.split(_ROWS)) / y.shape[0]  # (3)
     seen = s.isfinite()
     C = (1 - momentum) * running_cov + momentum * B  # (4)
     C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
-    running_cov.copy_(symmetric(C))
-    running_std.copy_(torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std))
+    C = symmetric(C)
+    sigma = torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+    w = correction_weight(None if num_batches_tracked is None else num_batches_tracked + 1, momentum, bias_correction)
+    saved_scale = scale_of(C / w, sigma / w, eps, beta)
+    out = apply_scale(x, saved_scale)
+    # Nothing is written before all of it is there: an error leaves the state as it was.
+    running_cov.copy_(C)
+    running_std.copy_(sigma)
+    scale.copy_(saved_scale)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    w = correction_weight(num_batches_tracked, momentum, bias_correction)
-    saved_scale = scale_of(running_cov / w, running_std / w, eps, beta)
-    scale.copy_(saved_scale)
-    return apply_scale(x, saved_scale), saved_scale
+    return out, saved_scale
 
 
 def compute_scale(

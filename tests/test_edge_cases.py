@@ -1,6 +1,7 @@
 """What the published code leaves undefined: one test, or a few, for each row of the table in the README."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -403,3 +404,30 @@ def test_only_the_upper_triangle_is_read(case, D, options):
     assert_same_state(edited, clean)
     assert_symmetric(edited.running_cov)
     assert_finite(edited)
+
+
+@pytest.mark.parametrize("N", [2, 256, 1030])
+def test_state_is_finite_where_a_sum_of_squares_is_not(case, N):
+    """Deviations near the root of the largest float32: sums over the batch leave its range before the means do."""
+    state = warm(7, device=case.device)
+    for size in (1e17, 1e18, 1.4e18, 1e19, 1.8e19):
+        x = batch(N, 7, device=case.device)
+        x[:, [0, 5]] = size
+        x[::2, [0, 5]] = -size
+        train(x, state, case)
+        assert_finite(replace(state, scale=torch.ones(7)))  # E itself may overflow
+    train(batch(N, 7, device=case.device), state, case)
+    assert_finite(replace(state, scale=torch.ones(7)))
+
+
+@pytest.mark.parametrize("name", ["scale", "num_batches_tracked", "running_cov"])
+def test_state_that_is_no_tensor(case, name):
+    state = warm(7, device=case.device)
+    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got float"):
+        isobn(batch(17, 7, device=case.device), **(state.tensors | {name: 1.0}), training=True, backend=case.backend)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_result_is_contiguous(case, trained):
+    x = batch(17, 7, device=case.device).T.contiguous().T.requires_grad_(trained)
+    assert train(x, warm(7, device=case.device), case).is_contiguous()

@@ -215,6 +215,10 @@ void write_scale(int64_t D, int64_t p, const Energies& total, double eps, const 
 
 // ---- The functions, for one state type ----
 
+double weight_of(const State& state, const Options& options) {
+  return options.bias_correction ? correction_weight(options.momentum, double(*state.num_batches_tracked)) : 1.0;
+}
+
 template <class S>
 void train_forward_as(const Strided& x, int64_t N, int64_t D, const State& state, S* scale, S* saved_scale, void* out,
                       const Options& options, int threads, void* memory) {
@@ -228,8 +232,7 @@ void train_forward_as(const Strided& x, int64_t N, int64_t D, const State& state
   const bool stream = size_t(D * D) * sizeof(S) > (size_t(1) << 20) && size_t(D) * sizeof(S) % 64 == 0 &&
                       reinterpret_cast<uintptr_t>(C) % 64 == 0;
   if (state.num_batches_tracked != nullptr) ++*state.num_batches_tracked;
-  const double w =
-      options.bias_correction ? correction_weight(options.momentum, double(*state.num_batches_tracked)) : 1.0;
+  const double w = weight_of(state, options);
 
 #pragma omp parallel num_threads(threads_for(tile_work(N, D), threads))
   {
@@ -282,10 +285,6 @@ void inspect_statistics(int64_t D, const State& state, double w, const Options& 
         make_tile(tile_at(index, count), static_cast<S*>(state.running_cov), D, ws, omp_get_thread_num()));
 #pragma omp for schedule(static)
   for (int64_t p = 0; p < count; ++p) shrink_panel(D, p, w, options, ws);
-}
-
-double weight_of(const State& state, const Options& options) {
-  return options.bias_correction ? correction_weight(options.momentum, double(*state.num_batches_tracked)) : 1.0;
 }
 
 template <class S>

@@ -206,8 +206,10 @@ bool centre_rows(const Strided& x, int64_t N, int width, S* y, S* s) {
   bool all_finite = true;
   const double* const total_squares = squares.total();
   for (int j = 0; j < P; ++j) {
-    s[j] = S(std::sqrt(total_squares[j] / double(N)));
-    if (s[j] <= Limits<S>::max) continue;
+    // Not finite, too, where the sum of squares is not one in S: no product of two columns is then larger than S holds.
+    const bool finite = total_squares[j] < 0.99 * double(Limits<S>::max);
+    s[j] = finite ? S(std::sqrt(total_squares[j] / double(N))) : S(INFINITY);
+    if (finite) continue;
     all_finite = false;
     for (int64_t n = 0; n < N; ++n) y[n * P + j] = S(0);
   }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from functools import cache
 from typing import Protocol, cast
 
@@ -87,6 +88,8 @@ def available_backends() -> tuple[str, ...]:
 
 def check_name(backend: str) -> None:
     """Raise ValueError unless ``backend`` is "auto" or the name of a backend."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a str, got {type(backend).__name__}")
     if backend != "auto" and backend not in _MODULES:
         raise ValueError(f"backend must be one of {('auto', *_MODULES)}, got {backend!r}")
 
@@ -114,6 +117,9 @@ def select(backend: str, x: Tensor) -> Backend:
 @cache
 def _auto_order() -> tuple[Backend, ...]:
     names = available_backends()
+    if _PREFERRED not in ("auto", *names):
+        why = load(_PREFERRED).unavailable_reason() if _PREFERRED in _MODULES else f"the backends are {NAMES}"
+        warnings.warn(f"ISOBN_BACKEND={_PREFERRED} is not followed: {why}", stacklevel=2)
     if _PREFERRED in names:
         names = (_PREFERRED, *(name for name in names if name != _PREFERRED))
     return tuple(load(name) for name in names)

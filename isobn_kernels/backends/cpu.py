@@ -7,6 +7,8 @@ environment variable ``ISOBN_CPU_ISA`` ("baseline", "avx2", "avx512"; read at im
 from __future__ import annotations
 
 import os
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,17 +25,23 @@ def _load() -> tuple[Any, str | None]:
     try:
         from isobn_kernels import _C
     except ImportError as error:
+        package = Path(__file__).parent.parent
+        if (package.parent / "setup.py").exists():
+            remedy = f"This is a source folder, {package.parent}: run pip install -e . in it"
+        else:
+            remedy = "Reinstall the package from source: pip install --force-reinstall --no-deps FOLDER"
         return None, (
-            f"its C++ extension is not here ({error}). Install a C++ compiler with OpenMP (Debian: apt install g++), "
-            "then reinstall: pip install --force-reinstall --no-deps --no-cache-dir isobn_kernels, "
-            "or in a checkout: pip install -e ."
+            f"its C++ extension is not here ({error}). {remedy}. "
+            "It needs a C++ compiler with OpenMP and Python's headers (Debian: apt install g++ python3-dev)"
         )
     forced = os.environ.get("ISOBN_CPU_ISA")
     if forced:
         try:
             _C.set_instruction_set(forced)
         except ValueError as error:
-            return None, f"the environment variable ISOBN_CPU_ISA cannot be followed: {error}"
+            reason = f"the environment variable ISOBN_CPU_ISA cannot be followed: {error}"
+            warnings.warn(f"the backend 'cpu' is off: {reason}", stacklevel=2)
+            return None, reason
     return _C, None
 
 
