@@ -129,7 +129,7 @@ def _load_file(path: Path) -> Any:
         raise CommandError(f"{path}: the file is empty")
     try:
         return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # the second where there is not one row
         raise CommandError(
             f"{path}: cannot be read as {path.suffix[1:]} ({_first_line(error.__cause__ or error)}); expected "
             "rows with the same fields throughout and labels of one kind"
