@@ -16,7 +16,11 @@ from typing import Protocol, cast
 from torch import Tensor
 
 # Fastest first: the order in which "auto" asks.
-_MODULES = {"cpu": "isobn_kernels.backends.cpu", "reference": "isobn_kernels.reference"}
+_MODULES = {
+    "triton": "isobn_kernels.backends.triton",
+    "cpu": "isobn_kernels.backends.cpu",
+    "reference": "isobn_kernels.reference",
+}
 
 NAMES = tuple(_MODULES)
 
