@@ -219,7 +219,17 @@ def train_backward(
         )
         _inspect(plan, running_cov, running_std, num_batches_tracked, partial, features, momentum, bias_correction)
         kernels.backward_features[(plan.tiles,)](
-            sums, products, partial, features, energies, N, plan.chunks, *numbers, **plan.sizes, T_POW2=plan.tiles_pow2
+            sums,
+            products,
+            partial,
+            features,
+            energies,
+            N,
+            plan.chunks,
+            *numbers,
+            **plan.sizes,
+            T_POW2=plan.tiles_pow2,
+            num_warps=2,
         )
         kernels.gradient[(plan.tiles, plan.row_blocks)](
             dout,
@@ -239,6 +249,7 @@ def train_backward(
             BLOCK_N=config.block_n,
             PRECISION=config.precision,
             num_warps=config.warps,
+            num_stages=1,  # loads ahead of their use would spill registers on gfx942 and sm_120
         )
     return dx
 
