@@ -1,6 +1,7 @@
 """The backends under test. A new backend is one line of `CASES`; every test then runs on it."""
 
 import contextlib
+import os
 from typing import NamedTuple
 
 import pytest
@@ -54,6 +55,9 @@ CASES = [
     Case("cpu-avx2", "cpu", isa="avx2", large=True),
     Case("cpu-avx512", "cpu", isa="avx512"),
 ]
+# The GPU kernels, interpreted, in a session of their own: the interpreter is chosen before the first import.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    CASES.append(Case("triton-interpreted", "triton", large=True))
 REFERENCE = CASES[0]
 
 

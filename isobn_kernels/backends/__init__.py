@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-# Fastest first: the order in which "auto" asks.
+# Fastest first.
 _MODULES = {
     "triton": "isobn_kernels.backends.triton",
     "cpu": "isobn_kernels.backends.cpu",
@@ -23,6 +23,9 @@ _MODULES = {
 }
 
 NAMES = tuple(_MODULES)
+
+# Taken only when asked for by name: tested in Triton's interpreter and compiled for GPUs, but not yet run on one.
+_BY_NAME_ONLY = ("triton",)
 
 # What "auto" means to this process, where it can run; read once, at import.
 _PREFERRED = os.environ.get("ISOBN_BACKEND", "auto")
@@ -120,10 +123,16 @@ def select(backend: str, x: Tensor) -> Backend:
 
 @cache
 def _auto_order() -> tuple[Backend, ...]:
-    names = available_backends()
-    if _PREFERRED not in ("auto", *names):
-        why = load(_PREFERRED).unavailable_reason() if _PREFERRED in _MODULES else f"the backends are {NAMES}"
-        warnings.warn(f"ISOBN_BACKEND={_PREFERRED} is not followed: {why}", stacklevel=2)
-    if _PREFERRED in names:
-        names = (_PREFERRED, *(name for name in names if name != _PREFERRED))
-    return tuple(load(name) for name in names)
+    names = [name for name in _MODULES if name not in (*_BY_NAME_ONLY, _PREFERRED)]
+    if _PREFERRED in _MODULES:
+        names.insert(0, _PREFERRED)
+    elif _PREFERRED != "auto":
+        warnings.warn(f"ISOBN_BACKEND={_PREFERRED} is not followed: the backends are {NAMES}", stacklevel=2)
+    order = []
+    for name in names:
+        reason = load(name).unavailable_reason()
+        if reason is None:
+            order.append(load(name))
+        elif name == _PREFERRED:
+            warnings.warn(f"ISOBN_BACKEND={name} is not followed: {reason}", stacklevel=2)
+    return tuple(order)

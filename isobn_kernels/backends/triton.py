@@ -82,7 +82,7 @@ class _Plan:
         block = self.config.block
         self.tiles = -(-D // block)
         self.width = self.tiles * block
-        self.whole = N <= self.config.block_n
+        self.whole = self.config.block_n >= N
         self.sizes = {"D": D, "T": self.tiles, "WIDTH": self.width, "BLOCK": block}
         self.tiles_pow2 = max(2, 1 << (self.tiles - 1).bit_length())
         self.pairs = ((self.tiles + 1) // 2, self.tiles + 1)
