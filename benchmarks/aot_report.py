@@ -74,7 +74,7 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+            options: dict[str, int] = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             assert set(arguments) == set(self.kernel.arg_names), f"{self.name}: arguments do not match"
             self.launches.append(Launch(self.name, grid, arguments, options))
