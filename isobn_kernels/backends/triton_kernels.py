@@ -138,6 +138,21 @@ def _total(energies_ptr, T: tl.constexpr, T_POW2: tl.constexpr):
     return tl.sum(tl.load(energies_ptr + q, mask=q < T, other=0.0), axis=0)
 
 
+@triton.jit
+def _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, features_ptr, WIDTH: tl.constexpr):
+    """(5) on a pair of tiles, its sums of R^2 along rows and columns; on the diagonal also what (7)-(9) need."""
+    R = _clamp(_correlation(C / w, _reciprocal(sigma_i / w), _reciprocal(sigma_j / w)))
+    square = R * R
+    tl.store(partial_ptr + j * WIDTH + cols_i, tl.sum(square, axis=1))
+    if i != j:
+        tl.store(partial_ptr + i * WIDTH + cols_j, tl.sum(square, axis=0))
+    else:
+        diagonal = tl.sum(tl.where(cols_i[:, None] == cols_j[None, :], C, 0.0), axis=1)
+        tl.store(features_ptr + cols_i, sigma_i)
+        tl.store(features_ptr + WIDTH + cols_i, tl.zeros_like(sigma_i) + 1.0 / w)
+        tl.store(features_ptr + 2 * WIDTH + cols_i, diagonal / w)
+
+
 # ---- Kernels ----
 
 
@@ -249,16 +264,7 @@ def update_pairs(
         w = 1.0
         if BIAS_CORRECTION:
             w = _correction_weight(tl.load(count_ptr) + 1, momentum)
-        R = _clamp(_correlation(C / w, _reciprocal(sigma_i / w), _reciprocal(sigma_j / w)))
-        square = R * R
-        tl.store(partial_ptr + j * WIDTH + cols_i, tl.sum(square, axis=1))
-        if i != j:
-            tl.store(partial_ptr + i * WIDTH + cols_j, tl.sum(square, axis=0))
-        else:
-            diagonal = tl.sum(tl.where(cols_i[:, None] == cols_j[None, :], C, 0.0), axis=1)
-            tl.store(features_ptr + cols_i, sigma_i)
-            tl.store(features_ptr + WIDTH + cols_i, tl.zeros_like(sigma_i) + 1.0 / w)
-            tl.store(features_ptr + 2 * WIDTH + cols_i, diagonal / w)
+        _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, features_ptr, WIDTH)
 
 
 @triton.jit
@@ -289,16 +295,7 @@ def inspect_pairs(
         w = 1.0
         if BIAS_CORRECTION:
             w = _correction_weight(tl.load(count_ptr), momentum)
-        R = _clamp(_correlation(C / w, _reciprocal(sigma_i / w), _reciprocal(sigma_j / w)))
-        square = R * R
-        tl.store(partial_ptr + j * WIDTH + cols_i, tl.sum(square, axis=1))
-        if i != j:
-            tl.store(partial_ptr + i * WIDTH + cols_j, tl.sum(square, axis=0))
-        else:
-            diagonal = tl.sum(tl.where(cols_i[:, None] == cols_j[None, :], C, 0.0), axis=1)
-            tl.store(features_ptr + cols_i, sigma_i)
-            tl.store(features_ptr + WIDTH + cols_i, tl.zeros_like(sigma_i) + 1.0 / w)
-            tl.store(features_ptr + 2 * WIDTH + cols_i, diagonal / w)
+        _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, features_ptr, WIDTH)
 
 
 @triton.jit
