@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -52,6 +53,21 @@ inline auto sum_lanes(V v) {
   auto sum = v[0];
   for (size_t l = 1; l < sizeof(V) / sizeof(sum); ++l) sum += v[l];
   return sum;
+}
+#endif
+
+// The sums of R vectors.
+template <int R, class V, class S>
+inline void store_sums(const V (&sums)[R], S* to) {
+  for (int i = 0; i < R; ++i) to[i] = sum_lanes(sums[i]);
+}
+#if defined(__AVX512F__)
+inline void store_sums(const __m512 (&sums)[4], float* to) {  // together, in a third of the instructions
+  const __m512 a = _mm512_unpacklo_ps(sums[0], sums[1]) + _mm512_unpackhi_ps(sums[0], sums[1]);
+  const __m512 b = _mm512_unpacklo_ps(sums[2], sums[3]) + _mm512_unpackhi_ps(sums[2], sums[3]);
+  const __m512 c = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
+  const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
 }
 #endif
 
@@ -266,6 +282,8 @@ void dot(const Strided& dout, const Strided& x, int64_t N, int width, S* g) {
 
 // ---- Matrix product ----
 
+constexpr int kRows = 4;  // rows of a product that are computed together
+
 // acc[r][c] (+)= sum_k a[r * a_row + k * a_k] * b[k * P + c] for R rows and NV vectors of columns, held in registers.
 template <class S, int R, int NV>
 inline void product_block(const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t K, S* acc, bool accumulate) {
@@ -287,26 +305,29 @@ inline void product_block(const S* a, int64_t a_row, int64_t a_k, const S* b, in
     }
 }
 
+// acc (R, P) (+)= a (R, K) b (K, P).
+template <int R, class S>
+inline void product_rows(const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t K, S* acc, bool accumulate) {
+  constexpr int NV = ISOBN_VECTOR_BYTES == 64 ? 4 : 2;  // R NV accumulators, NV columns and a factor fit the registers
+  for (int c = 0; c < P; c += NV * Vector<S>::lanes)
+    product_block<S, R, NV>(a, a_row, a_k, b + c, K, acc + c, accumulate);
+}
+
 // acc (rows, P) (+)= a (rows, K) b (K, P).
 template <class S>
 inline void product(const S* a, int64_t a_row, int64_t a_k, int rows, const S* b, int64_t K, S* acc, bool accumulate) {
-  constexpr int R = 4;
-  constexpr int NV = ISOBN_VECTOR_BYTES == 64 ? 4 : 2;  // R NV accumulators, NV columns and a factor fit the registers
-  constexpr int step = NV * Vector<S>::lanes;
-  const int blocked = rows - rows % R;
-  for (int c = 0; c < P; c += step) {
-    for (int r = 0; r < blocked; r += R)
-      product_block<S, R, NV>(a + r * a_row, a_row, a_k, b + c, K, acc + r * P + c, accumulate);
-    for (int r = blocked; r < rows; ++r)
-      product_block<S, 1, NV>(a + r * a_row, a_row, a_k, b + c, K, acc + r * P + c, accumulate);
-  }
+  const int blocked = rows - rows % kRows;
+  for (int r = 0; r < blocked; r += kRows)
+    product_rows<kRows>(a + r * a_row, a_row, a_k, b, K, acc + r * P, accumulate);
+  for (int r = blocked; r < rows; ++r) product_rows<1>(a + r * a_row, a_row, a_k, b, K, acc + r * P, accumulate);
 }
 
 // ---- Transpose of a (P, P) tile ----
 
 #if defined(__AVX__)
-inline void transpose_block(const float* from, float* to) {  // 8 x 8
-  __m256 r[8], t[8];
+// An 8 x 8 block of a tile, transposed.
+inline void transpose_block(const float* from, __m256* r) {
+  __m256 t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * P);
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -319,86 +340,122 @@ inline void transpose_block(const float* from, float* to) {  // 8 x 8
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
   for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * P, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * P, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
   }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
-#else
-inline void transpose_block(const float* from, float* to) {
-  for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) to[j * P + i] = from[i * P + j];
+// to[j * stride + i] = from[i * P + j], each cache line of `to` written at once; past the caches if asked to.
+template <bool kStream>
+inline void transpose(const float* from, float* to, int64_t stride, int width) {
+  for (int j = 0; j < width; j += 8)
+    for (int i = 0; i < P; i += 16) {
+      __m256 left[8], right[8];
+      transpose_block(from + i * P + j, left);
+      transpose_block(from + (i + 8) * P + j, right);
+#pragma GCC unroll 8
+      for (int l = 0; l < 8; ++l) {
+        if (j + l == width) break;
+        float* const line = to + (j + l) * stride + i;
+        if (kStream) {
+          _mm256_stream_ps(line, left[l]);
+          _mm256_stream_ps(line + 8, right[l]);
+        } else {
+          _mm256_storeu_ps(line, left[l]);
+          _mm256_storeu_ps(line + 8, right[l]);
+        }
+      }
+    }
 }
 #endif
-inline void transpose_block(const double* from, double* to) {
-  for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) to[j * P + i] = from[i * P + j];
-}
-
-template <class S>
-inline void transpose(const S* from, S* to) {
-  for (int i = 0; i < P; i += 8)
-    for (int j = 0; j < P; j += 8) transpose_block(from + i * P + j, to + j * P + i);
+template <bool kStream, class S>
+inline void transpose(const S* from, S* to, int64_t stride, int width) {
+  for (int j = 0; j < width; j += 8)
+    for (int i = 0; i < P; ++i)
+      for (int l = j; l < (width - j < 8 ? width : j + 8); ++l) to[l * stride + i] = from[i * P + l];
 }
 
 // ---- One tile of the covariance ----
 
-template <class S>
-inline void stream_row(const S* row, S* to) {
+// R_ij^2 of (5), clamped: as no NaN is larger than 0, the one of Inf * 0 becomes the 0 that was meant.
+template <class V>
+inline V squared_correlation(V c, V inv_i, V inv_j) {
+  const V r = c * inv_i * inv_j, square = r * r, zero = {}, one = zero + 1;
+  const V known = square > zero ? square : zero;
+  return known < one ? known : one;
+}
 #if defined(__AVX512F__)
-  for (int j = 0; j < P; j += Vector<S>::lanes)
-    _mm512_stream_si512((__m512i*)(to + j), _mm512_loadu_si512(row + j));
+inline __m512 squared_correlation(__m512 c, __m512 inv_i, __m512 inv_j) {
+  const __m512 r = c * inv_i * inv_j;
+  return _mm512_min_ps(_mm512_max_ps(r * r, _mm512_setzero_ps()), _mm512_set1_ps(1));
+}
 #elif defined(__AVX__)
-  for (int j = 0; j < P; j += Vector<S>::lanes)
-    _mm256_stream_si256((__m256i*)(to + j), _mm256_loadu_si256((const __m256i*)(row + j)));
-#else
-  std::memcpy(to, row, P * sizeof(S));
+inline __m256 squared_correlation(__m256 c, __m256 inv_i, __m256 inv_j) {
+  const __m256 r = c * inv_i * inv_j;
+  return _mm256_min_ps(_mm256_max_ps(r * r, _mm256_setzero_ps()), _mm256_set1_ps(1));
+}
 #endif
+
+// Rows [0, R) of a tile: C_ij <- keep C_ij + gain B_ij, and the sums of R_ij^2 along the rows and down the columns.
+// `fresh` holds B and becomes C; `C` is its place in the matrix, or null. Without kUpdate C_ij is `old`, and nothing
+// but the sums is written.
+template <bool kUpdate, int R, class S>
+inline void correlate(const Tile<S>& tile, int row, const S* old, int64_t old_stride, S* fresh, S* C, S* row_sums,
+                      S* col_sums) {
+  using V = typename Vector<S>::type;
+  constexpr int L = Vector<S>::lanes;
+  const V keep = V{} + tile.keep, gain = V{} + tile.gain;
+  const S* const inv_j = tile.inv_j;
+  V sums[R] = {}, inv_i[R];
+  for (int i = 0; i < R; ++i) inv_i[i] = V{} + tile.inv_i[row + i];
+  old += row * old_stride;
+  fresh += row * P;
+  const int64_t D = tile.D;
+  if (kUpdate && C != nullptr) C += row * D;
+#pragma GCC unroll 1
+  for (int j = 0; j < P; j += L) {
+    V column = *reinterpret_cast<const V*>(col_sums + j);
+    const V inv = *reinterpret_cast<const V*>(inv_j + j);
+    for (int i = 0; i < R; ++i) {
+      V c = *reinterpret_cast<const V*>(old + i * old_stride + j);
+      if (kUpdate) {
+        V* const to = reinterpret_cast<V*>(fresh + i * P + j);
+        c = keep * c + gain * *to;
+        *to = c;
+        if (C != nullptr) *reinterpret_cast<V*>(C + i * D + j) = c;
+      }
+      const V square = squared_correlation(c, inv_i[i], inv);
+      sums[i] += square;
+      column += square;
+    }
+    *reinterpret_cast<V*>(col_sums + j) = column;
+  }
+  store_sums(sums, row_sums + row);
 }
 
-// C_ij <- keep C_ij + gain B_ij and the sums of R_ij^2 along the tile's rows and columns. `fresh` holds B and becomes C;
-// `C` is its place in the matrix, or null. Without kUpdate C_ij is `old`, and nothing but the sums is written.
-template <bool kUpdate, class S>
-inline void correlate(const Tile<S>& tile, const S* old, int64_t old_stride, S* fresh, S* C, S* row_sums, S* col_sums) {
-  using V = typename Vector<S>::type;
-  constexpr int L = Vector<S>::lanes, NV = P / L;
-  const V one = V{} + S(1);
-  const S keep = tile.keep, gain = tile.gain;
-  const V* const inv_j = reinterpret_cast<const V*>(tile.inv_j);
-  V columns[NV] = {};
-  for (int i = 0; i < tile.hi; ++i) {
-    const V* const old_row = reinterpret_cast<const V*>(old + i * old_stride);
-    V* const row = reinterpret_cast<V*>(fresh + i * P);
-    V* const to = reinterpret_cast<V*>(C + i * tile.D);
-    const V inv_i = V{} + tile.inv_i[i];
-    V sum = {};
-    for (int v = 0; v < NV; ++v) {
-      V c = old_row[v];
-      if (kUpdate) {
-        c = keep * c + gain * row[v];
-        row[v] = c;
-        if (C != nullptr) to[v] = c;
+// R rows of a tile: the last of their product, and what becomes of it.
+template <bool kUpdate, int R, class S>
+inline void process_rows(const Tile<S>& tile, int row, const S* old, int64_t old_stride, S* fresh, S* C, S* col_sums) {
+  if (kUpdate && tile.seen_i != nullptr) {  // rare: a feature that this batch does not update keeps its bits
+    for (int i = row; i < row + R; ++i)
+      for (int j = 0; j < P; ++j) {
+        const S c = old[i * old_stride + j];
+        S* const to = fresh + i * P + j;
+        *to = tile.seen_i[i] && tile.seen_j[j] ? tile.keep * c + tile.gain * *to : c;
       }
-      const V r = clamp(correlation(c, inv_i, inv_j[v]), -one, one);
-      sum += r * r;
-      columns[v] += r * r;
-    }
-    row_sums[i] = sum_lanes(sum);
+    correlate<false, R>(tile, row, fresh, int64_t(P), fresh, C, tile.row_sums, col_sums);
+  } else {
+    correlate<kUpdate, R>(tile, row, old, old_stride, fresh, C, tile.row_sums, col_sums);
   }
-  for (int v = 0; v < NV; ++v) reinterpret_cast<V*>(col_sums)[v] = columns[v];
 }
 
 template <bool kUpdate, class S>
 void process_tile(const Tile<S>& tile) {
   constexpr int64_t kChunk = 128;  // rows of the batch at a time: two panel pieces of 32 KB
   const bool on_diagonal = tile.i0 == tile.j0;
-  const bool masked = kUpdate && tile.seen_i != nullptr;
   S* const C = tile.C + tile.i0 * tile.D + tile.j0;
   S* const fresh = tile.scratch;
   S* const other = tile.scratch + P * P;
-  if (kUpdate)
-    for (int64_t n = 0; n < tile.N; n += kChunk)
-      product(tile.y_i + n * P, int64_t(1), int64_t(P), P, tile.y_j + n * P,
-              tile.N - n < kChunk ? tile.N - n : kChunk, fresh, n > 0);
 
   // The old values: in place, but for a tile at the edge (padded with zeros) or on the diagonal, whose lower half is
   // taken from its upper one. The new lower half then equals the upper bit for bit: the same products, the same order.
@@ -415,24 +472,30 @@ void process_tile(const Tile<S>& tile) {
     old_stride = P;
   }
   if (on_diagonal) {
-    transpose(padded, other);
+    transpose<false>(padded, other, int64_t(P), P);
     for (int i = 0; i < P; ++i)
       for (int j = 0; j < P; ++j) padded[i * P + j] = j < i ? other[i * P + j] : padded[i * P + j];
   }
 
-  S col_sums[P];
-  const bool whole = tile.wj == P && !masked;
-  if (masked) {  // rare: a feature that this batch does not update keeps its bits
-    for (int i = 0; i < tile.hi; ++i)
-      for (int j = 0; j < P; ++j) {
-        const S c = old[i * old_stride + j];
-        S* const to = fresh + i * P + j;
-        *to = tile.seen_i[i] && tile.seen_j[j] ? tile.keep * c + tile.gain * *to : c;
-      }
-    correlate<false>(tile, fresh, int64_t(P), fresh, static_cast<S*>(nullptr), tile.row_sums, col_sums);
-  } else {
-    correlate<kUpdate>(tile, old, old_stride, fresh, whole ? C : nullptr, tile.row_sums, col_sums);
-  }
+  int64_t done = 0;  // rows of the batch that the product has, but for the last chunk
+  for (; kUpdate && tile.N - done > kChunk; done += kChunk)
+    product(tile.y_i + done * P, int64_t(1), int64_t(P), P, tile.y_j + done * P, kChunk, fresh, done > 0);
+  // The last chunk row by row with what follows it, which keeps other parts of the processor busy than the product.
+  S col_sums[P] = {};
+  const bool whole = tile.wj == P && tile.seen_i == nullptr;
+  const auto finish = [&](auto R, int row) {
+    if (kUpdate) {
+      for (int i = row; i < row + R(); ++i)  // for the product to hide what it takes to fetch them
+        for (int j = 0; j < P; j += 64 / sizeof(S)) __builtin_prefetch(old + i * old_stride + j);
+      product_rows<R()>(tile.y_i + done * P + row, int64_t(1), int64_t(P), tile.y_j + done * P, tile.N - done,
+                        fresh + row * P, done > 0);
+    }
+    process_rows<kUpdate, R()>(tile, row, old, old_stride, fresh, whole ? C : nullptr, col_sums);
+  };
+  int row = 0;
+  for (; row + kRows <= tile.hi; row += kRows) finish(std::integral_constant<int, kRows>(), row);
+  for (; row < tile.hi; ++row) finish(std::integral_constant<int, 1>(), row);
+
   if (kUpdate && !whole)
     for (int i = 0; i < tile.hi; ++i) std::memcpy(C + i * tile.D, fresh + i * P, size_t(tile.wj) * sizeof(S));
   if (on_diagonal)
@@ -441,14 +504,11 @@ void process_tile(const Tile<S>& tile) {
   std::memcpy(tile.col_sums, col_sums, sizeof col_sums);
 
   if (kUpdate) {
-    transpose(fresh, other);
-    for (int j = 0; j < tile.wj; ++j) {
-      S* to = tile.C + (tile.j0 + j) * tile.D + tile.i0;
-      if (tile.stream)
-        stream_row(other + j * P, to);
-      else
-        std::memcpy(to, other + j * P, P * sizeof(S));
-    }
+    S* const mirror = tile.C + tile.j0 * tile.D + tile.i0;
+    if (tile.stream)
+      transpose<true>(fresh, mirror, tile.D, tile.wj);
+    else
+      transpose<false>(fresh, mirror, tile.D, tile.wj);
 #if defined(__AVX__)
     if (tile.stream) _mm_sfence();
 #endif
