@@ -10,7 +10,11 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 # No -ffast-math: the order of every sum is fixed by the source. The two -fno- flags change no value.
-CXX_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
+# -fno-wrapv: Python's own flags ask for -fwrapv, which costs 10 % of the kernel at 32x768.
+CXX_FLAGS = [
+    *["-O3", "-fopenmp", "-fno-wrapv", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"],
+    *["-Wall", "-Wextra"],
+]
 
 # The same inner loops for each instruction set; the one to use is chosen at run time.
 INSTRUCTION_SETS = {"csrc/cpu/baseline.cpp": []}
