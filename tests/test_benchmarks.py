@@ -1,4 +1,4 @@
-"""The benchmark's gate, statistics and report. Nothing here depends on how long anything takes."""
+"""The benchmarks' gates, statistics, choices and reports. Nothing here depends on how long anything takes."""
 
 import importlib
 import json
@@ -13,12 +13,15 @@ import pytest
 import torch
 from helpers import to_numpy
 
-from isobn_kernels import available_backends
+from isobn_kernels import available_backends, functional, isobn
+from isobn_kernels.backends import cpu, triton
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 CPU_BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]
-bench_op = importlib.import_module("benchmarks.bench_op")
+bench_op, bench_host, tune = (
+    importlib.import_module(f"benchmarks.{name}") for name in ("bench_op", "bench_host", "tune")
+)
 
 
 def example(N=16, D=12, dtype=torch.float32):
@@ -201,3 +204,198 @@ def test_gpu_check_explains_itself():
     assert done.returncode == 2
     assert done.stdout.startswith("usage: benchmarks/gpu_check.sh OUTDIR")
     assert run("bash", "benchmarks/gpu_check.sh", "--help").returncode == 0
+
+
+# ---- tune.py ----
+
+FIRST, SECOND, THIRD = (triton.Config(block, 16, 4, "ieee") for block in (32, 64, 128))
+CELLS = [((8, 384), "float32"), ((16, 384), "float32")]
+
+
+def times(**rows):
+    """Quartiles of which only the median counts."""
+    names = {"first": FIRST, "second": SECOND, "third": THIRD}
+    return {
+        names[name]: {cell: (0, us, 1e9) for cell, us in zip(CELLS, row, strict=False)} for name, row in rows.items()
+    }
+
+
+def test_every_row_of_the_table_has_shapes_that_it_serves():
+    found = [tune.shapes_of(index) for index in range(len(triton.TABLE))]
+    assert all(found)
+    assert sorted(shape for shapes in found for shape in shapes) == sorted(tune.SHAPES)
+    assert found[0] == [(8, 384), (16, 384)]
+
+
+def test_candidates():
+    odd = triton.Config(256, 16, 4, "ieee")
+    for config in (FIRST, odd):
+        every, quick = (tune.candidates((triton._ANY, 512, config), quick) for quick in (False, True))
+        assert every[0] == quick[0] == config
+        assert len(set(every)) == len(every) == 36 + (config is odd)
+        assert set(quick) < set(every)
+    assert len(tune.candidates((triton._ANY, 512, FIRST), quick=True)) == 1 + 2 + 2 + 1 + 1
+    whole = tune.candidates((32, 512, triton.Config(32, 32, 4, "ieee")), quick=False)
+    assert {config.block_n for config in whole} == {32, 64}
+
+
+def test_a_candidate_takes_the_place_of_its_row_and_leaves_it():
+    before = triton.TABLE
+    with tune.instead(1, THIRD):
+        assert triton.config_for(16, 768) is THIRD
+        assert triton.config_for(16, 384) is before[0][2]
+        assert triton.config_for(32, 768) is before[3][2]
+    assert triton.TABLE is before
+    with pytest.raises(ZeroDivisionError), tune.instead(1, THIRD):
+        raise ZeroDivisionError
+    assert triton.TABLE is before
+
+
+def test_the_candidate_of_a_step_is_in_place_for_that_step_only(monkeypatch):
+    def one_step(x, state, name):
+        assert name == "triton"
+        assert triton.config_for(8, 384) is SECOND
+        raise RuntimeError("out of shared memory")
+
+    before = triton.TABLE
+    monkeypatch.setattr(tune, "one_step", one_step)
+    with pytest.raises(RuntimeError, match="shared memory"):
+        tune.step_with(0, SECOND)(None, None)
+    assert triton.TABLE is before
+
+
+def test_the_ranking_is_by_the_geometric_mean():
+    found = tune.ranking(times(first=(1, 9), second=(4, 4), third=(2, 2)), CELLS)
+    assert list(found) == [THIRD, FIRST, SECOND]  # the sums would say third, second, first
+    assert list(found.values()) == pytest.approx([2**0.5, 4.5**0.5, 8**0.5])
+
+
+def test_who_did_not_run_everywhere_is_not_ranked():
+    assert list(tune.ranking(times(first=(1,), second=(4, 4)), CELLS)) == [SECOND]
+    assert tune.ranking(times(first=(1,), second=()), CELLS) == {}
+
+
+def test_slow_ones():
+    found = tune.slow_ones(times(first=(2, 2), second=(6, 2), third=(7, 2)), CELLS[0])
+    assert found == {THIRD: "slow: 3.5x the fastest at 8x384 float32"}
+    assert tune.slow_ones(times(first=(2,)), CELLS[1]) == {}
+
+
+def test_the_first_that_nothing_is_wrong_with_is_chosen():
+    ratios = {THIRD: 1.0, FIRST: 1.1, SECOND: 1.2}
+    assert tune.choose(ratios, {THIRD: "wrong", SECOND: "wrong"}.get) == (FIRST, {THIRD: "wrong"})
+    assert tune.choose(ratios, lambda config: "wrong") == (None, dict.fromkeys(ratios, "wrong"))
+
+
+def test_candidates_that_are_wrong_or_fail_are_reported_and_not_timed():
+    def failing(x, state):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    steps = {FIRST: wrong_step("cov"), SECOND: failing, THIRD: wrong_step(None)}
+    found = tune.measure(((8, 12), "float32"), steps, 2, "cpu", "wall")
+    assert found[FIRST].startswith("WRONG: cov is off by")
+    assert found[SECOND] == "failed: RuntimeError: out of resource: shared memory"
+    q1, median, q3 = found[THIRD]
+    assert 0 < q1 <= median <= q3
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_the_yardstick_of_candidates_equals_the_oracle(stop_gradient):
+    x, dout, start = tune.draw(((16, 12), "float32"), "cpu")
+    found = tune.in_float64(x, dout, start, stop_gradient)
+    out, after = oracle.train_step(to_numpy(x), oracle.State(*map(to_numpy, start[:3]), 0))
+    expected = {"out": out, "cov": after.C, "std": after.sigma}
+    of_constant_scale = torch.tensor(to_numpy(dout) * after.scale)
+    assert torch.allclose(found["grad"], of_constant_scale, rtol=1e-12) == stop_gradient
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor(value), rtol=1e-12, atol=1e-14)
+    assert start.cov.dtype == torch.float32
+    assert start.batches == 0
+
+
+def test_the_gate_through_the_statistics(monkeypatch):
+    def one_step(x, state, name, stop_gradient):
+        assert (triton.config_for(8, 12) is SECOND) == (name == "triton")
+        return real(x, state, "reference", stop_gradient or (forgets and name == "triton"))
+
+    real, cells = tune.one_step, [((8, 12), "float32")]
+    monkeypatch.setattr(tune, "one_step", one_step)
+    forgets = False
+    assert tune.wrong_through_statistics(0, SECOND, cells, "cpu") is None
+    forgets = True
+    found = tune.wrong_through_statistics(0, SECOND, cells, "cpu")
+    assert found.startswith("through the statistics at 8x12 float32: grad is off by")
+
+
+def test_the_printed_table_is_the_table():
+    for table in (triton.TABLE, ((16, triton._ANY, FIRST), (triton._ANY, 7, triton.Config(64, 32, 8, "tf32x3")))):
+        names = {"_ANY": triton._ANY, "Config": triton.Config}
+        text = tune.table_text(table, "Measured somewhere.")
+        exec(text, names)
+        assert names["TABLE"] == table
+        assert text.startswith("# Measured somewhere.\nTABLE")
+
+
+def test_the_table_in_the_package_is_as_it_would_be_printed():
+    text = tune.table_text(triton.TABLE, "")
+    assert text.removeprefix("# \n") in Path(triton.__file__).read_text()
+
+
+def test_table_of_candidates():
+    found = times(first=(1, 9), second=(4, 4), third=(2,))
+    header, *lines = tune.time_table(found, tune.ranking(found, CELLS), {THIRD: "WRONG: cov"}, CELLS).splitlines()
+    assert header.split() == ["candidate", "ratio", "8x384", "float32", "16x384", "float32"]
+    assert [line.split(")")[0] + ")" for line in lines] == list(map(tune.config_text, (FIRST, SECOND, THIRD)))
+    assert lines[2].endswith("WRONG: cov")
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_tuning_needs_a_gpu(interpret):
+    done = run(sys.executable, "benchmarks/tune.py", CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET=interpret)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "needs a GPU, and changed nothing" in done.stderr
+
+
+# ---- bench_host.py ----
+
+
+def replaced_by_stubs():
+    kernels = [] if triton._MISSING else vars(triton.kernels).values()
+    return list(map(id, [*kernels, triton.INTERPRETED, functional._SMALL, cpu._C]))
+
+
+@pytest.mark.parametrize("name", [name for name in ("triton", "cpu") if name not in bench_host.missing()])
+def test_stubs_launch_nothing_and_are_gone_afterwards(name):
+    before = replaced_by_stubs()
+    x, cov, std = torch.randn(4, 8, requires_grad=True), torch.zeros(8, 8), torch.zeros(8)
+    with bench_host.STUBS[name]():
+        torch.autograd.grad(isobn(x, cov, std, training=True, backend=name).sum(), x)
+    assert not cov.any()
+    assert not std.any()
+    assert replaced_by_stubs() == before
+    with pytest.raises(ZeroDivisionError), bench_host.STUBS[name]():
+        raise ZeroDivisionError
+    assert replaced_by_stubs() == before
+
+
+def test_host_times(tmp_path, monkeypatch, capsys):
+    before = replaced_by_stubs()
+    rows = bench_host.measure(rounds=2, calls=5)
+    assert replaced_by_stubs() == before
+    names = {"x * scale", "argument checks", *(name for name in ("triton", "cpu") if name not in bench_host.missing())}
+    assert {row.what for row in rows} == names
+    assert {(row.shape, row.dtype) for row in rows} == {((32, 768), "float32"), ((32, 384), "bfloat16")}
+    for row in rows:
+        q1, median, q3 = row.microseconds
+        assert 0 < q1 <= median <= q3
+    monkeypatch.setattr(bench_host, "measure", lambda: rows)
+    assert bench_host.main(["--output", str(tmp_path / "deep" / "host.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Launches are stubbed")
+    assert "Triton's own launcher" in printed
+    result = json.loads((tmp_path / "deep" / "host.json").read_text())
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["date"]
+    assert len(result["rows"]) == len(rows)
