@@ -10,11 +10,11 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# The Triton kernels in Triton's interpreter, which truncates where a GPU rounds to bfloat16, and takes minutes for large
-# shapes: both are left out. Then what they compile to for five GPUs.
-TEST_TRITON = TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_conformance.py tests/test_edge_cases.py \
-	tests/test_gradients.py tests/test_layouts.py -W ignore::RuntimeWarning \
-	-k "triton and not bfloat16 and not 768 and not 1000"
+# The Triton kernels in Triton's interpreter, on a process per core like the rest. What they compile to for five GPUs is
+# among the other tests: the interpreter compiles nothing.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --durations 10
+TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton or traffic" $(addprefix tests/test_, \
+	$(addsuffix .py, conformance direct_path edge_cases gradients layouts module op properties traffic triton))
 
 .PHONY: demo test test-all lint bench clean
 .DELETE_ON_ERROR:
@@ -23,11 +23,12 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m isobn_kernels demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --durations=10
+	$(PYTEST)
 	$(TEST_TRITON)
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest --full --durations=20
+	$(PYTEST) --full
+	$(TEST_TRITON) --full
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class _Recorder:
         return launch
 
 
-def record(N: int, D: int, dtype: torch.dtype, bias_correction: bool = False) -> dict[str, list[Launch]]:
+def record(N: int, D: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
     """The launches of each function of the backend on a contiguous (N, D) batch, by name of the function."""
     from triton.runtime import KernelInterface
 
@@ -94,21 +95,17 @@ def record(N: int, D: int, dtype: torch.dtype, bias_correction: bool = False) ->
     x = torch.zeros(N, D, dtype=dtype)
     state = (torch.zeros(D, D), torch.zeros(D), torch.ones(D), torch.zeros((), dtype=torch.int64))
     cov, std, scale, count = state
-    numbers = (0.05, 1e-3, 0.5, bias_correction)
-    try:
-        for function, call in (
-            ("train_forward", lambda: backend.train_forward(x, cov, std, scale, count, *numbers)),
-            ("compute_scale", lambda: backend.compute_scale(cov, std, count, *numbers)),
-            ("apply_scale", lambda: backend.apply_scale(x, scale)),
-            ("train_backward", lambda: backend.train_backward(x, x, cov, std, scale, count, *numbers)),
-        ):
-            found[function] = []
-            for name, kernel in originals.items():
-                setattr(kernels, name, _Recorder(name, kernel, found[function]))
+    numbers = (0.05, 1e-3, 0.5, False)
+    for function, call in (
+        ("train_forward", lambda: backend.train_forward(x, cov, std, scale, count, *numbers)),
+        ("compute_scale", lambda: backend.compute_scale(cov, std, count, *numbers)),
+        ("apply_scale", lambda: backend.apply_scale(x, scale)),
+        ("train_backward", lambda: backend.train_backward(x, x, cov, std, scale, count, *numbers)),
+    ):
+        found[function] = []
+        recorders = {name: _Recorder(name, kernel, found[function]) for name, kernel in originals.items()}
+        with mock.patch.dict(vars(kernels), recorders):
             call()
-    finally:
-        for name, kernel in originals.items():
-            setattr(kernels, name, kernel)
     return found
 
 
@@ -197,11 +194,11 @@ def _read_amd(kernel: str, target: str, compiled: Any) -> Compiled:
     )
 
 
-def launches(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> Iterator[tuple[str, Launch]]:
+def launches() -> Iterator[tuple[str, Launch]]:
     """Every launch of every row of the table, each binary once, with a label of its shape."""
     seen = set()
     for N, D in SHAPES:
-        for dtype in dtypes:
+        for dtype in (torch.float32, torch.bfloat16):
             for function, found in record(N, D, dtype).items():
                 for launch in found:
                     values = {
@@ -226,8 +223,8 @@ def main() -> int:
     head += f"{'ld128':>5} {'ld':>4} {'st128':>5} {'st':>4} {'instr':>6}"
     lines = [head]
     print(head, flush=True)
-    for label, launch in launches():
-        for target in args.targets:
+    for target in args.targets:
+        for label, launch in launches():
             c = compile_launch(launch, target)
             line = f"{label:34} {c.kernel:18} {target:7} {c.registers:5} {c.spills:5} {c.shared:7} "
             line += f"{c.wide_loads:5} {c.narrow_loads:4} {c.wide_stores:5} {c.narrow_stores:4} {c.instructions:6}"

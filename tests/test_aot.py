@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
@@ -19,17 +20,29 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 MOST_REGISTERS = 255
 MOST_SHARED = 40_000
 
-# In a process of its own: an interpreted session compiles nothing.
+# The rows of the table and the paths through them.
+SHAPES = [(16, 384), (16, 768), (32, 384), (32, 768), (256, 768)]
+
+# In a process of its own: an interpreted session compiles nothing. The backward is compiled in float32 only.
 CODE = """
 import dataclasses, json, sys
 import torch
 sys.path.insert(0, "benchmarks")
 import aot_report
-found = []
-for N, D in ((32, 384), (32, 768)):
-    for function, launches in aot_report.record(N, D, torch.float32).items():
-        for launch in launches:
-            found.append(dataclasses.asdict(aot_report.compile_launch(launch, sys.argv[1])) | {"function": function})
+found, seen = [], set()
+for N, D in json.loads(sys.argv[2]):
+    for dtype in (torch.float32, torch.bfloat16):
+        for function, launches in aot_report.record(N, D, dtype).items():
+            for launch in launches:
+                constants = {key: value for key, value in launch.arguments.items() if key.isupper() and key != "N"}
+                key = (launch.kernel, str(dtype), str(constants), str(launch.options))
+                if key in seen or (function == "train_backward" and dtype != torch.float32):
+                    continue
+                seen.add(key)
+                compiled = dataclasses.asdict(aot_report.compile_launch(launch, sys.argv[1]))
+                found.append({"itemsize": dtype.itemsize, "warps": 4} | compiled | constants)
+                if launch.options:
+                    found[-1]["warps"] = launch.options["num_warps"]
 print(json.dumps(found))
 """
 
@@ -38,7 +51,7 @@ print(json.dumps(found))
 def compiled(request):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", CODE, request.param]
+    command = [sys.executable, "-c", CODE, request.param, json.dumps(SHAPES)]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
@@ -53,22 +66,92 @@ def test_resources(compiled):
     assert max(kernel["shared"] for kernel in compiled) <= MOST_SHARED
 
 
+def wide(kernel, rows, columns, itemsize):
+    """Accesses of 128 bits that each thread makes to such a block, if all are."""
+    threads = kernel["warps"] * (64 if kernel["target"].startswith("gfx") else 32)
+    return rows * columns * itemsize // (16 * threads)
+
+
 def test_covariance_and_rows_in_128_bits(compiled):
-    """A tile of the covariance and the rows of x; single features and sums may be narrower."""
+    """Tiles of the covariance, rows of x and of the output; single features and sums may be narrower."""
+    checked = set()
     for kernel in compiled:
-        if kernel["kernel"] == "update_pairs":
-            assert kernel["wide_loads"] >= 3, "two panels of x and a tile of C"
-            assert kernel["wide_stores"] >= 2, "a tile of C and its mirror image"
-        if kernel["kernel"] == "scale_rows":
-            assert kernel["wide_loads"] >= 1
-            assert kernel["wide_stores"] >= 1
+        rows = wide(kernel, kernel.get("BLOCK_N", 0), kernel["BLOCK"], kernel["itemsize"])
+        tile = wide(kernel, kernel["BLOCK"], kernel["BLOCK"], 4)
+        if kernel["target"] == "gfx942" and kernel["itemsize"] == 2:
+            rows = 0  # in 64 bits: wide ones would need so many rows a thread that its mask registers spill
+        # Two panels, once or for their mean as well; an output of `finish` with rows has its own binary.
+        panels = 2 if kernel.get("WHOLE") or kernel.get("SUMMED") else 4
+        loads, stores = {
+            "update_pairs": (panels * rows + tile, 2 * tile),
+            "inspect_pairs": (tile, 0),
+            "column_sums": (rows, 0),
+            "column_products": (2 * rows, 0),
+            "gradient": (3 * rows + tile, rows),
+            "scale_rows": (rows, rows),
+        }.get(kernel["kernel"], (0, 0))
+        assert kernel["wide_loads"] >= loads, kernel
+        assert kernel["wide_stores"] >= stores, kernel
+        checked.add(kernel["kernel"])
+    assert checked == {
+        *["update_pairs", "finish", "inspect_pairs", "column_sums", "column_products", "backward_features"],
+        *["gradient", "scale_rows"],
+    }
 
 
-def test_number_of_launches(compiled):
-    """Two for a training step of this size, two for a scale, one to apply it."""
-    launches = {}
-    for kernel in compiled:
-        launches.setdefault(kernel["function"], []).append(kernel["kernel"])
-    assert launches["train_forward"] == ["update_pairs", "finish"] * 2
-    assert launches["compute_scale"] == ["inspect_pairs", "finish"] * 2
-    assert launches["apply_scale"] == ["scale_rows"] * 2
+def test_number_of_launches():
+    """Two for a training step up to N = 128 and D = 2048, three above one of them, four above both; two for a scale."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import aot_report
+
+    def kernels(N, D):
+        found = aot_report.record(N, D, torch.float32)
+        return {function: [launch.kernel for launch in launches] for function, launches in found.items()}
+
+    assert kernels(128, 2048)["train_forward"] == ["update_pairs", "finish"]
+    assert kernels(129, 2048)["train_forward"] == ["column_sums", "update_pairs", "finish"]
+    assert kernels(128, 2049)["train_forward"] == ["update_pairs", "shrink", "finish"]
+    assert kernels(129, 2049)["train_forward"] == ["column_sums", "update_pairs", "shrink", "finish"]
+    for shape in ((32, 768), (256, 2049)):
+        assert kernels(*shape)["compute_scale"] == ["inspect_pairs", "finish"]
+        assert kernels(*shape)["apply_scale"] == ["scale_rows"]
+
+
+# What the JIT looks a binary up by, for a GPU that is not there.
+KEYS = """
+import json, sys
+import torch
+sys.path.insert(0, "benchmarks")
+import aot_report
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from isobn_kernels.backends import triton_kernels
+
+backend = make_backend(GPUTarget("cuda", 90, 32))
+keys = []
+for N in json.loads(sys.argv[1]):
+    found = []
+    for launches in aot_report.record(N, 384, torch.bfloat16).values():
+        for launch in launches:
+            kernel = getattr(triton_kernels, launch.kernel)
+            bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+            found.append((launch.kernel, str(bind(**launch.arguments)[1]), str(launch.options)))
+    keys.append(found)
+print(json.dumps(keys))
+"""
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 3, 15, 16), (17, 31, 32), (33, 48, 64, 128), (129, 160, 1000, 4096, 70_000)], ids=str
+)
+def test_one_binary_for_all_batch_sizes_of_a_class(sizes):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", KEYS, json.dumps(sizes)]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    first, *others = json.loads(result.stdout)
+    assert len(first) >= 8
+    for other in others:
+        assert other == first

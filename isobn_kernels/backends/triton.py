@@ -9,6 +9,7 @@ import contextlib
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class Config:
 # spills, 128-bit accesses) and not yet tuned on a GPU; benchmarks/tune.py measures candidates and prints this table.
 _ANY = 1 << 62
 TABLE: tuple[tuple[int, int, Config], ...] = (
-    (16, 512, Config(32, 16, 4, "ieee")),
-    (16, _ANY, Config(64, 16, 8, "ieee")),
+    (16, 512, Config(32, 16, 2, "ieee")),
+    (16, _ANY, Config(64, 16, 4, "ieee")),
     (_ANY, 512, Config(32, 32, 4, "ieee")),
     (_ANY, _ANY, Config(64, 32, 8, "ieee")),
 )
@@ -53,7 +54,10 @@ _MAX_CHUNKS = 64  # row chunks of a column sum
 
 def config_for(N: int, D: int) -> Config:
     """The first row of the table that fits."""
-    return next(config for most_n, most_d, config in TABLE if most_n >= N and most_d >= D)
+    for most_n, most_d, config in TABLE:
+        if most_n >= N and most_d >= D:
+            return config
+    raise AssertionError("the last row takes any shape")
 
 
 def unavailable_reason() -> str | None:
@@ -75,26 +79,34 @@ def unsupported_reason(x: Tensor) -> str | None:
 
 
 class _Plan:
-    """Tiles and workspace of one call."""
+    """Tiles, grids and size of the workspace of a call: what follows from the shape of the batch."""
 
-    def __init__(self, N: int, D: int) -> None:
-        self.config = config_for(N, D)
-        block = self.config.block
-        self.tiles = -(-D // block)
-        self.width = self.tiles * block
-        self.whole = self.config.block_n >= N
-        self.sizes = {"D": D, "T": self.tiles, "WIDTH": self.width, "BLOCK": block}
-        self.tiles_pow2 = max(2, 1 << (self.tiles - 1).bit_length())
-        self.pairs = ((self.tiles + 1) // 2, self.tiles + 1)
+    def __init__(self, N: int, D: int, config: Config) -> None:
+        self.config = config
+        block, block_n = config.block, config.block_n
+        tiles = -(-D // block)
+        self.width = tiles * block
+        self.sizes = {"D": D, "T": tiles, "WIDTH": self.width, "BLOCK": block}
+        self.tiles_pow2 = max(2, 1 << (tiles - 1).bit_length())
         # Rows in at most _MAX_CHUNKS chunks of whole blocks.
-        self.rows_per_chunk = -(-N // (_MAX_CHUNKS * self.config.block_n)) * self.config.block_n
+        self.rows_per_chunk = -(-N // (_MAX_CHUNKS * block_n)) * block_n
         self.chunks = -(-N // self.rows_per_chunk) if N else 0
-        self.row_blocks = -(-N // self.config.block_n)
+        self.grid, self.pairs, self.chunk_grid = (tiles,), ((tiles + 1) // 2, tiles + 1), (tiles, self.chunks)
+        self.block_grid = (tiles, max(1, -(-N // block_n)))
+        # partial, features and energies; sums and products are only there where a function has them.
+        self.rows = tiles + 9
 
-    def workspace(self, x: Tensor, *rows: int) -> list[Tensor]:
-        """Pieces of one allocation, each of so many rows of `width` float32 numbers."""
-        memory = torch.empty(sum(rows) * self.width, dtype=torch.float32, device=x.device)
-        return list(memory.split([count * self.width for count in rows]))
+    def workspace(self, like: Tensor, chunk_rows: int = 0) -> Tensor:
+        """The float32 workspace that `triton_kernels` describes, with so many rows for each chunk."""
+        size = (self.rows + chunk_rows * self.chunks) * self.width
+        return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+_cached_plan = lru_cache(maxsize=4096)(_Plan)
+
+
+def _plan(N: int, D: int) -> _Plan:
+    return _cached_plan(N, D, config_for(N, D))
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -113,23 +125,20 @@ def train_forward(
     bias_correction: bool,
 ) -> tuple[Tensor, Tensor]:
     N, D = x.shape
-    plan, (row_stride, col_stride) = _Plan(N, D), x.stride()
-    config, fused = plan.config, D <= FUSED_FEATURES
+    plan, (row_stride, col_stride) = _plan(N, D), x.stride()
+    config, fused, summed = plan.config, D <= FUSED_FEATURES, N > ONE_PASS_ROWS
     out = torch.empty((N, D), dtype=x.dtype, device=x.device)
     saved_scale = torch.empty_like(running_std)
-    partial, features, energies, sums = plan.workspace(x, plan.tiles, 4, 1, plan.chunks)
-    sums_first = N > ONE_PASS_ROWS
+    work = plan.workspace(x, 1 if summed else 0)
     with _on_device_of(x):
-        if sums_first:
-            _column_sums(plan, x, sums)
+        if summed:
+            _column_sums(plan, x, work)
         kernels.update_pairs[plan.pairs](
             x,
             running_cov,
             running_std,
             num_batches_tracked,
-            sums if sums_first else None,
-            partial,
-            features,
+            work,
             N,
             row_stride,
             col_stride,
@@ -137,17 +146,15 @@ def train_forward(
             float(momentum),
             **plan.sizes,
             BLOCK_N=config.block_n,
-            WHOLE=plan.whole,
+            WHOLE=config.block_n >= N,
+            SUMMED=summed,
             BIAS_CORRECTION=bias_correction,
             PRECISION=config.precision,
-            num_warps=config.warps,
+            num_warps=plan.config.warps,
         )
         if not fused:
-            kernels.shrink[(plan.tiles,)](
-                partial, features, energies, float(eps), float(beta), **plan.sizes, T_POW2=plan.tiles_pow2
-            )
-        _finish(plan, x, out, saved_scale, scale, running_std, num_batches_tracked, partial, features, energies,
-                eps, beta, fused)  # fmt: skip
+            kernels.shrink[plan.grid](work, float(eps), float(beta), **plan.sizes, T_POW2=plan.tiles_pow2)
+        _finish(plan, x, out, saved_scale, scale, running_std, num_batches_tracked, work, eps, beta, fused)
     written = (running_cov, running_std, scale, num_batches_tracked)
     torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
     return out, saved_scale
@@ -162,12 +169,12 @@ def compute_scale(
     beta: float,
     bias_correction: bool,
 ) -> Tensor:
-    plan = _Plan(0, running_std.shape[0])
+    plan = _plan(0, running_std.shape[0])
     scale = torch.empty_like(running_std)
-    partial, features = plan.workspace(running_std, plan.tiles, 3)
+    work = plan.workspace(running_std)
     with _on_device_of(running_std):
-        _inspect(plan, running_cov, running_std, num_batches_tracked, partial, features, momentum, bias_correction)
-        _finish(plan, None, None, scale, None, None, None, partial, features, None, eps, beta, True)
+        _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
+        _finish(plan, None, None, scale, None, None, None, work, eps, beta, True)
     return scale
 
 
@@ -196,48 +203,41 @@ def train_backward(
     bias_correction: bool,
 ) -> Tensor:
     N, D = x.shape
-    plan = _Plan(N, D)
+    plan = _plan(N, D)
     config, numbers = plan.config, (float(eps), float(beta))
     dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    partial, features, energies, sums, products = plan.workspace(x, plan.tiles, 8, 1, plan.chunks, 2 * plan.chunks)
+    work = plan.workspace(x, 3)
     with _on_device_of(x):
-        _column_sums(plan, x, sums)
-        kernels.column_products[(plan.tiles, plan.chunks)](
+        _column_sums(plan, x, work)
+        kernels.column_products[plan.chunk_grid](
             x,
             dout,
-            sums,
-            products,
+            work,
             N,
             *x.stride(),
             *dout.stride(),
             plan.chunks,
             plan.rows_per_chunk,
-            D=D,
-            WIDTH=plan.width,
-            BLOCK=config.block,
+            **plan.sizes,
             BLOCK_N=config.block_n,
+            num_warps=plan.config.warps,
         )
-        _inspect(plan, running_cov, running_std, num_batches_tracked, partial, features, momentum, bias_correction)
-        kernels.backward_features[(plan.tiles,)](
-            sums,
-            products,
-            partial,
-            features,
-            energies,
+        _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
+        kernels.backward_features[plan.grid](
+            work,
             N,
             plan.chunks,
             *numbers,
             **plan.sizes,
             T_POW2=plan.tiles_pow2,
-            num_warps=2,
+            num_warps=plan.config.warps,
         )
-        kernels.gradient[(plan.tiles, plan.row_blocks)](
+        kernels.gradient[plan.block_grid](
             dout,
             x,
             running_cov,
             scale,
-            features,
-            energies,
+            work,
             dx,
             N,
             *x.stride(),
@@ -248,23 +248,22 @@ def train_backward(
             T_POW2=plan.tiles_pow2,
             BLOCK_N=config.block_n,
             PRECISION=config.precision,
-            num_warps=config.warps,
+            num_warps=plan.config.warps,
             num_stages=1,  # loads ahead of their use would spill registers on gfx942 and sm_120
         )
     return dx
 
 
-def _column_sums(plan: _Plan, x: Tensor, sums: Tensor) -> None:
-    kernels.column_sums[(plan.tiles, plan.chunks)](
+def _column_sums(plan: _Plan, x: Tensor, work: Tensor) -> None:
+    kernels.column_sums[plan.chunk_grid](
         x,
-        sums,
+        work,
         x.shape[0],
         *x.stride(),
         plan.rows_per_chunk,
-        D=x.shape[1],
-        WIDTH=plan.width,
-        BLOCK=plan.config.block,
+        **plan.sizes,
         BLOCK_N=plan.config.block_n,
+        num_warps=plan.config.warps,
     )
 
 
@@ -273,8 +272,7 @@ def _inspect(
     running_cov: Tensor,
     running_std: Tensor,
     num_batches_tracked: Tensor | None,
-    partial: Tensor,
-    features: Tensor,
+    work: Tensor,
     momentum: float,
     bias_correction: bool,
 ) -> None:
@@ -282,8 +280,7 @@ def _inspect(
         running_cov,
         running_std,
         num_batches_tracked,
-        partial,
-        features,
+        work,
         float(momentum),
         **plan.sizes,
         BIAS_CORRECTION=bias_correction,
@@ -299,24 +296,20 @@ def _finish(
     scale: Tensor | None,
     running_std: Tensor | None,
     num_batches_tracked: Tensor | None,
-    partial: Tensor,
-    features: Tensor,
-    energies: Tensor | None,
+    work: Tensor,
     eps: float,
     beta: float,
     fused: bool,
 ) -> None:
     N, strides = (0, (1, 1)) if x is None else (x.shape[0], x.stride())
-    kernels.finish[(plan.tiles, max(1, plan.row_blocks))](
+    kernels.finish[plan.block_grid](
         x,
         out,
         saved_scale,
         scale,
         running_std,
         num_batches_tracked,
-        partial,
-        features,
-        energies,
+        work,
         N,
         *strides,
         float(eps),

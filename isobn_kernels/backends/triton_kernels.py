@@ -2,8 +2,16 @@
 
 The D features are cut into T tiles of BLOCK. A pair of tiles (i <= j) of the covariance is the work of one program: it
 centres its two panels of the batch, multiplies them, updates the tile, correlates, and writes both halves and the sums
-of R^2 along its rows and columns. The sums go to a workspace, `partial` (T, T * BLOCK), whose row q holds what tile q
-adds to each feature; they are added in one fixed order, so no result depends on the order in which programs ran.
+of R^2 along its rows and columns. The sums go to `partial`, whose row q holds what tile q adds to each feature; they
+are added in one fixed order, so no result depends on the order in which programs ran.
+
+What the kernels of one call leave to each other is one workspace of float32 rows of WIDTH = T * BLOCK numbers:
+
+    partial   T rows           sums of R^2
+    features  8 rows           sigma, 1/w, C_ii / w, t; for the backward also gamma, mean, s, g
+    energies  1 row            each tile's part of E, of E' and, for the backward, of dr: T numbers each
+    sums      `chunks` rows    what a chunk of rows of x - x_0 adds up to
+    products  2 `chunks` rows  the same of y^2 and of dout x, for the backward
 
 Integers that vary from batch to batch (N) are not specialised; D is, and so are strides. Padding beyond D and N is
 zero everywhere: it has 1 / sigma = 0 and adds nothing to any sum.
@@ -55,7 +63,22 @@ def _correction_weight(t, momentum):
     return tl.where(w == 0, 1.0, w).to(tl.float32)
 
 
-# ---- Pieces of the batch and of the covariance ----
+# ---- Pieces of the workspace, of the batch and of the covariance ----
+
+
+@triton.jit
+def _features(work_ptr, T: tl.constexpr, WIDTH: tl.constexpr):
+    return work_ptr + T * WIDTH
+
+
+@triton.jit
+def _energies(work_ptr, T: tl.constexpr, WIDTH: tl.constexpr):
+    return work_ptr + (T + 8) * WIDTH
+
+
+@triton.jit
+def _sums(work_ptr, T: tl.constexpr, WIDTH: tl.constexpr):
+    return work_ptr + (T + 9) * WIDTH
 
 
 @triton.jit
@@ -125,29 +148,31 @@ def _mean(sums_ptr, cols, N, chunks, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _gamma(partial_ptr, cols, D: tl.constexpr, T: tl.constexpr, T_POW2: tl.constexpr, WIDTH: tl.constexpr):
+def _gamma(work_ptr, cols, D: tl.constexpr, T: tl.constexpr, T_POW2: tl.constexpr, WIDTH: tl.constexpr):
     """(6)"""
     q = tl.arange(0, T_POW2)
     inside = (q < T)[:, None] & (cols < WIDTH)[None, :]
-    return tl.sum(tl.load(partial_ptr + q[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0), axis=0) / D
+    return tl.sum(tl.load(work_ptr + q[:, None] * WIDTH + cols[None, :], mask=inside, other=0.0), axis=0) / D
 
 
 @triton.jit
-def _total(energies_ptr, T: tl.constexpr, T_POW2: tl.constexpr):
+def _total(work_ptr, which: tl.constexpr, T: tl.constexpr, T_POW2: tl.constexpr, WIDTH: tl.constexpr):
+    """E, E' or dr, as `which` is 0, 1 or 2."""
     q = tl.arange(0, T_POW2)
-    return tl.sum(tl.load(energies_ptr + q, mask=q < T, other=0.0), axis=0)
+    return tl.sum(tl.load(_energies(work_ptr, T, WIDTH) + which * T + q, mask=q < T, other=0.0), axis=0)
 
 
 @triton.jit
-def _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, features_ptr, WIDTH: tl.constexpr):
+def _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, work_ptr, T: tl.constexpr, WIDTH: tl.constexpr):
     """(5) on a pair of tiles, its sums of R^2 along rows and columns; on the diagonal also what (7)-(9) need."""
     R = _clamp(_correlation(C / w, _reciprocal(sigma_i / w), _reciprocal(sigma_j / w)))
     square = R * R
-    tl.store(partial_ptr + j * WIDTH + cols_i, tl.sum(square, axis=1))
+    tl.store(work_ptr + j * WIDTH + cols_i, tl.sum(square, axis=1))
     if i != j:
-        tl.store(partial_ptr + i * WIDTH + cols_j, tl.sum(square, axis=0))
+        tl.store(work_ptr + i * WIDTH + cols_j, tl.sum(square, axis=0))
     else:
         diagonal = tl.sum(tl.where(cols_i[:, None] == cols_j[None, :], C, 0.0), axis=1)
+        features_ptr = _features(work_ptr, T, WIDTH)
         tl.store(features_ptr + cols_i, sigma_i)
         tl.store(features_ptr + WIDTH + cols_i, tl.zeros_like(sigma_i) + 1.0 / w)
         tl.store(features_ptr + 2 * WIDTH + cols_i, diagonal / w)
@@ -159,12 +184,13 @@ def _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, featur
 @triton.jit(do_not_specialize=["N", "rows_per_chunk"])
 def column_sums(
     x_ptr,  # (N, D)
-    sums_ptr,  # (chunks, WIDTH)
+    work_ptr,  # the workspace: writes sums
     N,
     row_stride,
     col_stride,
     rows_per_chunk,
     D: tl.constexpr,
+    T: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -181,7 +207,7 @@ def column_sums(
         rows = n + tl.arange(0, BLOCK_N)
         total += tl.sum(_centred(x_ptr, rows, cols, first, zero, stop, row_stride, col_stride, D), axis=0)
         n += BLOCK_N
-    tl.store(sums_ptr + tl.program_id(1) * WIDTH + cols, total)
+    tl.store(_sums(work_ptr, T, WIDTH) + tl.program_id(1) * WIDTH + cols, total)
 
 
 @triton.jit(do_not_specialize=["N", "chunks"])
@@ -190,9 +216,7 @@ def update_pairs(
     cov_ptr,  # (D, D), updated
     std_ptr,  # (D,), read only: the new one goes to the workspace, as other programs still read this one
     count_ptr,  # (), t before this step; read only where BIAS_CORRECTION
-    sums_ptr,  # (chunks, WIDTH), from column_sums; None: each program sums the columns of its panels itself
-    partial_ptr,  # (T, WIDTH)
-    features_ptr,  # (3, WIDTH): new sigma, 1/w, C_ii / w
+    work_ptr,  # the workspace: writes partial and three rows of features; reads sums where SUMMED
     N,
     row_stride,
     col_stride,
@@ -204,10 +228,14 @@ def update_pairs(
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,
+    SUMMED: tl.constexpr,
     BIAS_CORRECTION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(1)-(5) on a pair of tiles. Grid: (ceil(T / 2), T + 1). WHOLE: N is at most BLOCK_N."""
+    """(1)-(5) on a pair of tiles. Grid: (ceil(T / 2), T + 1).
+
+    WHOLE: N is at most BLOCK_N. SUMMED: column_sums ran before; else each program sums the columns of its own panels.
+    """
     i, j, used = _pair(T)
     if used:
         cols_i = i * BLOCK + tl.arange(0, BLOCK)
@@ -219,12 +247,12 @@ def update_pairs(
         else:
             first_i = _load_first(x_ptr, cols_i, col_stride, D)
             first_j = _load_first(x_ptr, cols_j, col_stride, D)
-            if sums_ptr is None:
+            if not SUMMED:
                 mean_i = _panel_mean(x_ptr, cols_i, first_i, N, row_stride, col_stride, D, BLOCK_N)
                 mean_j = _panel_mean(x_ptr, cols_j, first_j, N, row_stride, col_stride, D, BLOCK_N)
             else:
-                mean_i = _mean(sums_ptr, cols_i, N, chunks, WIDTH)
-                mean_j = _mean(sums_ptr, cols_j, N, chunks, WIDTH)
+                mean_i = _mean(_sums(work_ptr, T, WIDTH), cols_i, N, chunks, WIDTH)
+                mean_j = _mean(_sums(work_ptr, T, WIDTH), cols_j, N, chunks, WIDTH)
             B = tl.zeros((BLOCK, BLOCK), tl.float32)
             square_i = tl.zeros((BLOCK,), tl.float32)
             square_j = tl.zeros((BLOCK,), tl.float32)
@@ -264,7 +292,7 @@ def update_pairs(
         w = 1.0
         if BIAS_CORRECTION:
             w = _correction_weight(tl.load(count_ptr) + 1, momentum)
-        _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, features_ptr, WIDTH)
+        _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, work_ptr, T, WIDTH)
 
 
 @triton.jit
@@ -272,8 +300,7 @@ def inspect_pairs(
     cov_ptr,  # (D, D)
     std_ptr,  # (D,)
     count_ptr,  # (), t; read only where BIAS_CORRECTION
-    partial_ptr,  # (T, WIDTH)
-    features_ptr,  # (3, WIDTH): sigma, 1/w, C_ii / w
+    work_ptr,  # the workspace: writes partial and three rows of features
     momentum,
     D: tl.constexpr,
     T: tl.constexpr,
@@ -295,14 +322,12 @@ def inspect_pairs(
         w = 1.0
         if BIAS_CORRECTION:
             w = _correction_weight(tl.load(count_ptr), momentum)
-        _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, partial_ptr, features_ptr, WIDTH)
+        _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, work_ptr, T, WIDTH)
 
 
 @triton.jit
 def shrink(
-    partial_ptr,  # (T, WIDTH)
-    features_ptr,  # (4 or more, WIDTH): sigma, 1/w, C_ii / w; row 3 becomes t
-    energies_ptr,  # (2, T): this tile's part of E and E'
+    work_ptr,  # the workspace: reads partial and three rows of features; writes t and energies
     eps,
     beta,
     D: tl.constexpr,
@@ -314,9 +339,11 @@ def shrink(
     """(6)-(8) on one tile of features. Grid: (T,)."""
     tile = tl.program_id(0)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
+    features_ptr = _features(work_ptr, T, WIDTH)
+    energies_ptr = _energies(work_ptr, T, WIDTH)
     sigma = tl.load(features_ptr + cols) * tl.load(features_ptr + WIDTH + cols)
     C_ii = tl.load(features_ptr + 2 * WIDTH + cols)
-    t = _power(_gamma(partial_ptr, cols, D, T, T_POW2, WIDTH) * sigma + eps, -beta)
+    t = _power(_gamma(work_ptr, cols, D, T, T_POW2, WIDTH) * sigma + eps, -beta)
     tl.store(features_ptr + 3 * WIDTH + cols, t)
     tl.store(energies_ptr + tile, tl.sum(C_ii, axis=0))
     tl.store(energies_ptr + T + tile, tl.sum(C_ii * t * t, axis=0))
@@ -330,9 +357,7 @@ def finish(
     scale_ptr,  # (D,), the buffer; None with x
     std_ptr,  # (D,), the buffer; None with x
     count_ptr,  # (), t, or None
-    partial_ptr,  # (T, WIDTH)
-    features_ptr,  # (3, WIDTH): sigma, 1/w, C_ii / w; and t where not FUSED
-    energies_ptr,  # (2, T), where not FUSED
+    work_ptr,  # the workspace: reads partial and features; where not FUSED, features and energies
     N,
     row_stride,
     col_stride,
@@ -352,6 +377,7 @@ def finish(
     FUSED: each program computes (6)-(8) of all features, CHUNK at a time, which saves a launch where D is small.
     """
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    features_ptr = _features(work_ptr, T, WIDTH)
     if FUSED:
         E = 0.0
         E_prime = 0.0
@@ -361,14 +387,14 @@ def finish(
             sigma = tl.load(features_ptr + all_cols, mask=inside, other=0.0)
             sigma *= tl.load(features_ptr + WIDTH + all_cols, mask=inside, other=0.0)
             C_ii = tl.load(features_ptr + 2 * WIDTH + all_cols, mask=inside, other=0.0)
-            t = _power(_gamma(partial_ptr, all_cols, D, T, T_POW2, WIDTH) * sigma + eps, -beta)
+            t = _power(_gamma(work_ptr, all_cols, D, T, T_POW2, WIDTH) * sigma + eps, -beta)
             E += tl.sum(C_ii, axis=0)
             E_prime += tl.sum(C_ii * t * t, axis=0)
         sigma = tl.load(features_ptr + cols) * tl.load(features_ptr + WIDTH + cols)
-        t = _power(_gamma(partial_ptr, cols, D, T, T_POW2, WIDTH) * sigma + eps, -beta)
+        t = _power(_gamma(work_ptr, cols, D, T, T_POW2, WIDTH) * sigma + eps, -beta)
     else:
-        E = _total(energies_ptr, T, T_POW2)
-        E_prime = _total(energies_ptr + T, T, T_POW2)
+        E = _total(work_ptr, 0, T, T_POW2, WIDTH)
+        E_prime = _total(work_ptr, 1, T, T_POW2, WIDTH)
         t = tl.load(features_ptr + 3 * WIDTH + cols)
     scale = tl.where(E == 0, 1.0, t * tl.sqrt_rn(E / (E_prime + eps)))
     if tl.program_id(1) == 0:
@@ -419,8 +445,7 @@ def scale_rows(
 def column_products(
     x_ptr,  # (N, D)
     dout_ptr,  # (N, D)
-    sums_ptr,  # (chunks, WIDTH), from column_sums
-    products_ptr,  # (2, chunks, WIDTH): sums over a chunk of rows of y^2 and of dout x
+    work_ptr,  # the workspace: reads sums, writes products
     N,
     row_stride,
     col_stride,
@@ -429,6 +454,7 @@ def column_products(
     chunks,
     rows_per_chunk,
     D: tl.constexpr,
+    T: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -437,6 +463,7 @@ def column_products(
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk = tl.program_id(1)
     first = _load_first(x_ptr, cols, col_stride, D)
+    sums_ptr = _sums(work_ptr, T, WIDTH)
     mean = _mean(sums_ptr, cols, N, chunks, WIDTH)
     squares = tl.zeros_like(first)
     g = tl.zeros_like(first)
@@ -449,17 +476,14 @@ def column_products(
         x = _load_rows(x_ptr, rows, cols, stop, row_stride, col_stride, D)
         g += tl.sum(x * _load_rows(dout_ptr, rows, cols, stop, dout_row_stride, dout_col_stride, D), axis=0)
         n += BLOCK_N
+    products_ptr = sums_ptr + chunks * WIDTH
     tl.store(products_ptr + chunk * WIDTH + cols, squares)
     tl.store(products_ptr + (chunks + chunk) * WIDTH + cols, g)
 
 
 @triton.jit(do_not_specialize=["N", "chunks"])
 def backward_features(
-    sums_ptr,  # (chunks, WIDTH)
-    products_ptr,  # (2, chunks, WIDTH)
-    partial_ptr,  # (T, WIDTH)
-    features_ptr,  # (8, WIDTH): sigma, 1/w, C_ii / w; rows 3 to 7 become t, gamma, mean, s, g
-    energies_ptr,  # (3, T): this tile's part of E, E' and dr
+    work_ptr,  # the workspace: reads all but energies; writes the other rows of features, and energies
     N,
     chunks,
     eps,
@@ -473,9 +497,13 @@ def backward_features(
     """All that the gradient needs of each feature. Grid: (T,)."""
     tile = tl.program_id(0)
     cols = tile * BLOCK + tl.arange(0, BLOCK)
+    features_ptr = _features(work_ptr, T, WIDTH)
+    energies_ptr = _energies(work_ptr, T, WIDTH)
+    sums_ptr = _sums(work_ptr, T, WIDTH)
+    products_ptr = sums_ptr + chunks * WIDTH
     sigma = tl.load(features_ptr + cols) * tl.load(features_ptr + WIDTH + cols)
     C_ii = tl.load(features_ptr + 2 * WIDTH + cols)
-    gamma = _gamma(partial_ptr, cols, D, T, T_POW2, WIDTH)
+    gamma = _gamma(work_ptr, cols, D, T, T_POW2, WIDTH)
     t = _power(gamma * sigma + eps, -beta)
     g = _mean(products_ptr + chunks * WIDTH, cols, 1, chunks, WIDTH)
     tl.store(features_ptr + 3 * WIDTH + cols, t)
@@ -512,8 +540,7 @@ def gradient(
     x_ptr,  # (N, D)
     cov_ptr,  # (D, D), as the forward left it: symmetric
     scale_ptr,  # (D,)
-    features_ptr,  # (8, WIDTH)
-    energies_ptr,  # (3, T)
+    work_ptr,  # the workspace: reads features and energies
     dx_ptr,  # (N, D), contiguous
     N,
     row_stride,
@@ -535,9 +562,10 @@ def gradient(
     j = tl.program_id(0)
     cols_j = j * BLOCK + tl.arange(0, BLOCK)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    E = _total(energies_ptr, T, T_POW2)
-    E_prime = _total(energies_ptr + T, T, T_POW2)
-    dr = _total(energies_ptr + 2 * T, T, T_POW2)
+    features_ptr = _features(work_ptr, T, WIDTH)
+    E = _total(work_ptr, 0, T, T_POW2, WIDTH)
+    E_prime = _total(work_ptr, 1, T, T_POW2, WIDTH)
+    dr = _total(work_ptr, 2, T, T_POW2, WIDTH)
     inv_j, dgamma_j, diagonal_j, du_gamma_j = _feature_gradients(features_ptr, cols_j, E, E_prime, dr, eps, beta, WIDTH)
     h = du_gamma_j
     Z = tl.zeros((BLOCK_N, BLOCK), tl.float32)

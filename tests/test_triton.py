@@ -1,0 +1,57 @@
+"""What concerns the Triton kernels alone, in Triton's interpreter: `TRITON_INTERPRET=1`."""
+
+import os
+
+import pytest
+import torch
+from helpers import batch, same_bits, upstream, warm
+
+from isobn_kernels import isobn
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set, which runs the kernels on a CPU"
+)
+
+
+def steps(N, D, stop_gradient):
+    """Output, gradient and state of three training steps, and a scale computed from the statistics."""
+    state = warm(D)
+    found = []
+    for step in range(3):
+        x = batch(N, D, step).requires_grad_()
+        out = isobn(
+            x, **state.tensors, training=True, backend="triton", bias_correction=True, stop_gradient=stop_gradient
+        )
+        out.backward(upstream(N, D))
+        found += [out.detach(), x.grad]
+    statistics = {name: state.tensors[name] for name in ("running_cov", "running_std")}
+    found.append(isobn(x.detach(), **statistics, backend="triton"))
+    return [*found, *state.tensors.values()]
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize(("N", "D"), [(17, 65), (40, 65), (130, 65)], ids=str)
+def test_programs_may_run_in_any_order(monkeypatch, N, D, fused, stop_gradient):
+    """To the bit: no program reads what another one of the same launch writes, and sums have a fixed order."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from isobn_kernels.backends import triton
+
+    if not fused:
+        monkeypatch.setattr(triton, "FUSED_FEATURES", 0)
+    expected = steps(N, D, stop_gradient)
+    set_grid_idx = InterpreterBuilder.set_grid_idx
+
+    def last_first(builder, *index):
+        set_grid_idx(builder, *(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", last_first)
+    for got, want in zip(steps(N, D, stop_gradient), expected, strict=True):
+        assert same_bits(got, want)
+
+
+def test_float64_is_refused_in_words():
+    state = warm(7, torch.float64)
+    with pytest.raises(RuntimeError, match="takes float16, bfloat16 and float32"):
+        isobn(batch(4, 7, dtype=torch.float64), **state.tensors, training=True, backend="triton")
