@@ -5,6 +5,7 @@ import os
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from isobn_kernels import backends, functional
 
@@ -58,6 +59,8 @@ CASES = [
 # The GPU kernels, interpreted, in a session of their own: the interpreter is chosen before the first import.
 if os.environ.get("TRITON_INTERPRET") == "1":
     CASES.append(Case("triton-interpreted", "triton", large=True))
+elif torch.cuda.is_available():
+    CASES.append(Case("triton-gpu", "triton", device="cuda", large=True))
 REFERENCE = CASES[0]
 
 

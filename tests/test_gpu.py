@@ -1,0 +1,163 @@
+"""The Triton kernels on a GPU: full sizes, addresses beyond 32 bits, CUDA graphs, streams, many repeats.
+
+The conformance suite itself runs there too, as the case "triton-gpu" of `cases.CASES`.
+"""
+
+import pytest
+import torch
+from helpers import State, batch, fresh, same_bits, warm
+
+from isobn_kernels import IsoBN, isobn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that PyTorch can use"),
+]
+NAMES = ("running_cov", "running_std", "scale")
+
+
+def step(x, state, **options):
+    return isobn(x, **state.tensors, training=True, backend="triton", **options)
+
+
+def float64_step(x, state):
+    """The reference on the GPU, in float64, from the same rounded input and state."""
+    exact = State(*(getattr(state, name).double() for name in NAMES), state.num_batches_tracked.clone())
+    return isobn(x.double(), **exact.tensors, training=True, backend="reference"), exact
+
+
+def random_batch(N, D, dtype=torch.float32):
+    """Made on the GPU: features of deviation 0.1 to 1 that share three factors, mean 1."""
+    generator = torch.Generator("cuda").manual_seed(N * 31 + D)
+    mixing = torch.randn(3, D, device="cuda", generator=generator)
+    factors = torch.randn(N, 3, device="cuda", generator=generator)
+    x = torch.randn(N, D, device="cuda", generator=generator) + 0.5 * factors @ mixing
+    return (x * torch.linspace(0.1, 1, D, device="cuda") + 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("N", "D"),
+    [(16, 384), (16, 768), (32, 768), (64, 1024), (128, 2048), (64, 4096), (4096, 1024), (65536, 768), (64, 8192)],
+    ids=str,
+)
+def test_full_size(N, D, dtype):
+    state, x = fresh(D, device="cuda"), random_batch(N, D, dtype)
+    for _ in range(2):  # the second from statistics that are not zero
+        expected, exact = float64_step(x, state)
+        out = step(x, state)
+        C = exact.running_cov
+        deviation = C.diagonal().sqrt()
+        assert ((state.running_cov - C).abs() / (deviation[:, None] * deviation)).max() <= 3e-6
+        assert same_bits(state.running_cov, state.running_cov.T)
+        torch.testing.assert_close(state.running_std.double(), exact.running_std, rtol=3e-6, atol=0)
+        torch.testing.assert_close(state.scale.double(), exact.scale, rtol=3e-6, atol=0)
+        rounding = 4e-6 + (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+        torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=1e-7)
+
+
+def test_more_elements_than_32_bits_count():
+    """3 million rows of 768: the same 3,000 over and over, whose statistics are known."""
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs a GPU with 24 GiB of memory")
+    base = random_batch(3000, 768, torch.bfloat16)
+    x = base.repeat(1000, 1)
+    assert x.numel() > 1 << 31
+    state, small = fresh(768, device="cuda"), fresh(768, device="cuda")
+    out = step(x, state)
+    expected = step(base, small)
+    torch.testing.assert_close(state.running_std, small.running_std, rtol=1e-5, atol=0)
+    torch.testing.assert_close(state.scale, small.scale, rtol=1e-5, atol=0)
+    for rows in (out[:3000], out[-3000:]):
+        torch.testing.assert_close(rows, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(32, 768), (256, 768), (64, 4096)], ids=str)
+def test_graph_replay_equals_eager(shape):
+    xs = [random_batch(*shape) + i for i in range(4)]
+    eager, replayed = fresh(shape[1], device="cuda"), fresh(shape[1], device="cuda")
+    expected = [step(x, eager) for x in xs]
+    x, warm_up = xs[0].clone(), fresh(shape[1], device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(x, warm_up)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(x, replayed)
+    for tensor, start in zip(replayed.tensors.values(), fresh(shape[1], device="cuda").tensors.values(), strict=True):
+        tensor.copy_(start)
+    for value, want in zip(xs, expected, strict=True):
+        x.copy_(value)
+        graph.replay()
+        assert same_bits(out, want)
+    for name, tensor in eager.tensors.items():
+        assert same_bits(replayed.tensors[name], tensor), name
+
+
+def test_two_streams_at_once():
+    xs = [random_batch(32, 768) + i for i in range(2)]
+    alone = [fresh(768, device="cuda") for _ in xs]
+    expected = []
+    for x, state in zip(xs, alone, strict=True):
+        for _ in range(100):
+            out = step(x, state)
+        expected.append(out)
+    states = [fresh(768, device="cuda") for _ in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    found = [None, None]
+    for _ in range(100):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found[i] = step(xs[i], states[i])
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert same_bits(found[i], expected[i])
+        assert same_bits(states[i].running_cov, alone[i].running_cov)
+
+
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = batch(32, 64, device="cuda:1")
+    state, here = warm(64, device="cuda:1"), warm(64, device="cuda:0")
+    assert torch.cuda.current_device() == 0
+    assert same_bits(step(x, state), step(x.to("cuda:0"), here))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize(("N", "D"), [(32, 768), (300, 384)], ids=str)
+def test_ten_thousand_repeats_give_the_same_bits(N, D):
+    x, start = random_batch(N, D), warm(D, device="cuda")
+    expected = start.clone()
+    out = step(x, expected)
+    differences = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(10_000):
+        state = start.clone()
+        differences += (step(x, state) != out).sum() + (state.running_cov != expected.running_cov).sum()
+        differences += (state.scale != expected.scale).sum()
+    assert differences.item() == 0
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
+def test_a_step_does_not_wait_for_the_gpu(stop_gradient):
+    layer = IsoBN(768, backend="triton", stop_gradient=stop_gradient, device="cuda").train()
+    x = random_batch(32, 768).requires_grad_()
+    dout = torch.ones_like(x)
+    layer(x).backward(dout)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).backward(dout)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_with_cuda_graphs():
+    compiled, eager = (IsoBN(64, backend="triton", device="cuda").train() for _ in range(2))
+    run = torch.compile(compiled, fullgraph=True, mode="reduce-overhead")
+    for seed in range(5):
+        x = batch(32, 64, seed, device="cuda")
+        torch.testing.assert_close(run(x).clone(), eager(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled.running_cov, eager.running_cov, rtol=1e-5, atol=1e-7)
