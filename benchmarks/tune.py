@@ -67,7 +67,7 @@ Row = tuple[int, int, Config]  # of backend.TABLE
 Cell = tuple[Shape, str]  # shape and dtype
 Quartiles = tuple[float, float, float]  # microseconds
 
-BLOCKS, BLOCKS_N, WARPS, PRECISIONS = (32, 64, 128), (16, 32, 64), (4, 8), ("ieee", "tf32x3")
+BLOCKS, BLOCKS_N, WARPS, PRECISIONS = (32, 64, 128), (16, 32, 64), (2, 4, 8), ("ieee", "tf32x3")
 # Each belongs to the row of the table that serves it.
 SHAPES = [(8, 384), (16, 384), (16, 768), (16, 1024), (16, 2048), (32, 384), (64, 384), (1024, 384), (32, 768)]
 SHAPES += [(64, 768), (64, 1024), (64, 4096), (4096, 1024)]

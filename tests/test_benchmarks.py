@@ -232,9 +232,9 @@ def test_candidates():
     for config in (FIRST, odd):
         every, quick = (tune.candidates((triton._ANY, 512, config), quick) for quick in (False, True))
         assert every[0] == quick[0] == config
-        assert len(set(every)) == len(every) == 36 + (config is odd)
+        assert len(set(every)) == len(every) == 54 + (config is odd)
         assert set(quick) < set(every)
-    assert len(tune.candidates((triton._ANY, 512, FIRST), quick=True)) == 1 + 2 + 2 + 1 + 1
+    assert len(tune.candidates((triton._ANY, 512, FIRST), quick=True)) == 1 + 2 + 2 + 2 + 1
     whole = tune.candidates((32, 512, triton.Config(32, 32, 4, "ieee")), quick=False)
     assert {config.block_n for config in whole} == {32, 64}
 
