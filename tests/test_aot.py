@@ -47,14 +47,18 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def compiled(request):
+def run(code, *arguments):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", CODE, request.param, json.dumps(SHAPES)]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def compiled(request):
+    return run(CODE, request.param, json.dumps(SHAPES))
 
 
 def test_no_spills(compiled):
@@ -146,12 +150,7 @@ print(json.dumps(keys))
     "sizes", [(2, 3, 15, 16), (17, 31, 32), (33, 48, 64, 128), (129, 160, 1000, 4096, 70_000)], ids=str
 )
 def test_one_binary_for_all_batch_sizes_of_a_class(sizes):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", KEYS, json.dumps(sizes)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    first, *others = json.loads(result.stdout)
+    first, *others = run(KEYS, json.dumps(sizes))
     assert len(first) >= 8
     for other in others:
         assert other == first

@@ -51,6 +51,17 @@ def test_programs_may_run_in_any_order(monkeypatch, N, D, fused, stop_gradient):
         assert same_bits(got, want)
 
 
+@pytest.mark.parametrize(("N", "D"), [(17, 65), (130, 200)], ids=str)
+def test_unfused_tail_equals_the_fused_one(monkeypatch, N, D):
+    """It is for D above FUSED_FEATURES, too many for the interpreter; other tests hold the fused one to the oracle."""
+    from isobn_kernels.backends import triton
+
+    expected = steps(N, D, stop_gradient=True)
+    monkeypatch.setattr(triton, "FUSED_FEATURES", 0)
+    for got, want in zip(steps(N, D, stop_gradient=True), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
+
+
 def test_float64_is_refused_in_words():
     state = warm(7, torch.float64)
     with pytest.raises(RuntimeError, match="takes float16, bfloat16 and float32"):

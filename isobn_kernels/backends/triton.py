@@ -205,6 +205,7 @@ def train_backward(
     N, D = x.shape
     plan = _plan(N, D)
     config, numbers = plan.config, (float(eps), float(beta))
+    warps = max(4, config.warps)  # with two, some compilers spill a register
     dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
     work = plan.workspace(x, 3)
     with _on_device_of(x):
@@ -220,7 +221,7 @@ def train_backward(
             plan.rows_per_chunk,
             **plan.sizes,
             BLOCK_N=config.block_n,
-            num_warps=plan.config.warps,
+            num_warps=warps,
         )
         _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
         kernels.backward_features[plan.grid](
@@ -248,7 +249,7 @@ def train_backward(
             T_POW2=plan.tiles_pow2,
             BLOCK_N=config.block_n,
             PRECISION=config.precision,
-            num_warps=plan.config.warps,
+            num_warps=warps,
             num_stages=1,  # loads ahead of their use would spill registers on gfx942 and sm_120
         )
     return dx
