@@ -231,7 +231,7 @@ def train_backward(
             *numbers,
             **plan.sizes,
             T_POW2=plan.tiles_pow2,
-            num_warps=plan.config.warps,
+            num_warps=2,
         )
         kernels.gradient[plan.block_grid](
             dout,
