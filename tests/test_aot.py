@@ -16,9 +16,18 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
-# The most that any launch of the sizes people train with takes, per target: registers of a thread, bytes of a block.
-MOST_REGISTERS = 255
-MOST_SHARED = 40_000
+# The most that a launch of each kernel may take on any target: registers of a thread, bytes of shared memory of a block.
+# A quarter or so above what benchmarks/results/aot_report.txt shows; 255 registers are all there are on NVIDIA's GPUs.
+LIMITS = {
+    "update_pairs": (255, 24_576),
+    "inspect_pairs": (128, 20_480),
+    "finish": (128, 10_240),
+    "column_sums": (64, 4_096),
+    "column_products": (112, 4_096),
+    "backward_features": (64, 4_096),
+    "gradient": (255, 32_768),
+    "scale_rows": (80, 4_096),
+}
 
 # The rows of the table and the paths through them.
 SHAPES = [(16, 384), (16, 768), (32, 384), (32, 768), (256, 768)]
@@ -66,8 +75,10 @@ def test_no_spills(compiled):
 
 
 def test_resources(compiled):
-    assert max(kernel["registers"] for kernel in compiled) <= MOST_REGISTERS
-    assert max(kernel["shared"] for kernel in compiled) <= MOST_SHARED
+    for kernel in compiled:
+        registers, shared = LIMITS[kernel["kernel"]]
+        assert kernel["registers"] <= registers, kernel
+        assert kernel["shared"] <= shared, kernel
 
 
 def wide(kernel, rows, columns, itemsize):
@@ -97,10 +108,7 @@ def test_covariance_and_rows_in_128_bits(compiled):
         assert kernel["wide_loads"] >= loads, kernel
         assert kernel["wide_stores"] >= stores, kernel
         checked.add(kernel["kernel"])
-    assert checked == {
-        *["update_pairs", "finish", "inspect_pairs", "column_sums", "column_products", "backward_features"],
-        *["gradient", "scale_rows"],
-    }
+    assert checked == set(LIMITS)
 
 
 def test_number_of_launches():
