@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
-# The most that a launch of each kernel may take on any target: registers of a thread, bytes of shared memory of a block.
+# The most that a launch of each kernel may take on any target: registers of a thread, bytes of shared memory a block.
 # A quarter or so above what benchmarks/results/aot_report.txt shows; 255 registers are all there are on NVIDIA's GPUs.
 LIMITS = {
     "update_pairs": (255, 24_576),
