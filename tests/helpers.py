@@ -60,6 +60,9 @@ class State:
     def clone(self):
         return State(**{name: tensor.clone() for name, tensor in self.tensors.items()})
 
+    def to(self, device):
+        return State(**{name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     def oracle(self):
         """The same numbers for the oracle."""
         floats = (to_numpy(t) for t in (self.running_cov, self.running_std, self.scale))

@@ -96,7 +96,7 @@ def truth(scenario):
 
 def run(scenario, case):
     """The same from a backend, and the number of updates counted."""
-    state, found = scenario.start, {}
+    state, found = scenario.start.to(case.device), {}
     options = dict(scenario.numbers, stop_gradient=scenario.stop_gradient)
     for step, x, dout in scenario.batches():
         x, dout = x.to(case.device), dout.to(case.device)

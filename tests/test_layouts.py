@@ -128,7 +128,9 @@ def test_expanded_gradient(case, shape, stop_gradient):
     D = shape[-1]
     x = batch(torch.Size(shape[:-1]).numel(), D, device=case.device).view(shape)
     plain, expanded = warm(D, device=case.device), warm(D, device=case.device)
-    _, expected = train_with_gradient(x, torch.full(shape, 3.0), plain, case, stop_gradient=stop_gradient)
+    _, expected = train_with_gradient(
+        x, torch.full(shape, 3.0, device=case.device), plain, case, stop_gradient=stop_gradient
+    )
     one = torch.tensor(3.0, device=case.device)
     _, dx = train_with_gradient(x, one.expand(shape), expanded, case, stop_gradient=stop_gradient)
     assert same_bits(dx, expected)

@@ -115,8 +115,10 @@ def test_training_step(monkeypatch, N, D, dtype):
     assert traffic.read["scale"] == traffic.read["saved_scale"] == traffic.read["out"] == []
     # What is read more than once.
     x_reads, sum_reads = BOUNDS[N, D]
+    assert traffic.distinct(traffic.read, "x") == rows
     assert traffic.total(traffic.read, "x") <= x_reads * rows
-    assert traffic.total(traffic.read, "workspace") <= sum_reads * traffic.distinct(traffic.written, "workspace")
+    assert traffic.distinct(traffic.read, "C") >= D * (D + 1) // 2 * 4
+    assert 0 < traffic.total(traffic.read, "workspace") <= sum_reads * traffic.distinct(traffic.written, "workspace")
 
 
 def test_unfused_tail(monkeypatch):

@@ -43,12 +43,16 @@ def test_programs_may_run_in_any_order(monkeypatch, N, D, fused, stop_gradient):
     expected = steps(N, D, stop_gradient)
     set_grid_idx = InterpreterBuilder.set_grid_idx
 
+    seen = []
+
     def last_first(builder, *index):
+        seen.append(index)
         set_grid_idx(builder, *(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
 
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", last_first)
     for got, want in zip(steps(N, D, stop_gradient), expected, strict=True):
         assert same_bits(got, want)
+    assert seen
 
 
 @pytest.mark.parametrize(("N", "D"), [(17, 65), (130, 200)], ids=str)

@@ -92,7 +92,7 @@ class _Plan:
         self.rows_per_chunk = -(-N // (_MAX_CHUNKS * block_n)) * block_n
         self.chunks = -(-N // self.rows_per_chunk) if N else 0
         self.grid, self.pairs, self.chunk_grid = (tiles,), ((tiles + 1) // 2, tiles + 1), (tiles, self.chunks)
-        self.block_grid = (tiles, max(1, -(-N // block_n)))
+        self.block_grid = (max(1, -(-N // block_n)), tiles)
         # partial, features and energies; sums and products are only there where a function has them.
         self.rows = tiles + 9
 
@@ -143,6 +143,7 @@ def train_forward(
             row_stride,
             col_stride,
             plan.chunks,
+            plan.rows_per_chunk,
             float(momentum),
             **plan.sizes,
             BLOCK_N=config.block_n,
@@ -184,7 +185,7 @@ def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
     if N > 0:
         block, block_n = min(256, max(16, 1 << (D - 1).bit_length())), 16
         with _on_device_of(x):
-            kernels.scale_rows[(-(-D // block), -(-N // block_n))](
+            kernels.scale_rows[(-(-N // block_n), -(-D // block))](
                 x, scale, out, N, *x.stride(), D=D, BLOCK=block, BLOCK_N=block_n
             )
     return out

@@ -13,8 +13,9 @@ What the kernels of one call leave to each other is one workspace of float32 row
     sums      `chunks` rows    what a chunk of rows of x - x_0 adds up to
     products  2 `chunks` rows  the same of y^2 and of dout x, for the backward
 
-Integers that vary from batch to batch (N) are not specialised; D is, and so are strides. Padding beyond D and N is
-zero everywhere: it has 1 / sigma = 0 and adds nothing to any sum.
+Blocks of rows are on the grid's first axis, the only one that may exceed 65,535. Integers that vary from batch to batch
+(N) are not specialised; D is, and so are strides. Padding beyond D and N is zero everywhere: it has 1 / sigma = 0 and
+adds nothing to any sum.
 """
 
 import triton
@@ -210,7 +211,7 @@ def column_sums(
     tl.store(_sums(work_ptr, T, WIDTH) + tl.program_id(1) * WIDTH + cols, total)
 
 
-@triton.jit(do_not_specialize=["N", "chunks"])
+@triton.jit(do_not_specialize=["N", "chunks", "rows_per_chunk"])
 def update_pairs(
     x_ptr,  # (N, D)
     cov_ptr,  # (D, D), updated
@@ -221,6 +222,7 @@ def update_pairs(
     row_stride,
     col_stride,
     chunks,
+    rows_per_chunk,
     momentum,
     D: tl.constexpr,
     T: tl.constexpr,
@@ -256,15 +258,24 @@ def update_pairs(
             B = tl.zeros((BLOCK, BLOCK), tl.float32)
             square_i = tl.zeros((BLOCK,), tl.float32)
             square_j = tl.zeros((BLOCK,), tl.float32)
-            n = 0
-            while n < N:
-                rows = n + tl.arange(0, BLOCK_N)
-                y_i = _centred(x_ptr, rows, cols_i, first_i, mean_i, N, row_stride, col_stride, D)
-                y_j = _centred(x_ptr, rows, cols_j, first_j, mean_j, N, row_stride, col_stride, D)
-                square_i += tl.sum(y_i * y_i, axis=0)
-                square_j += tl.sum(y_j * y_j, axis=0)
-                B += tl.dot(tl.trans(y_i), y_j, input_precision=PRECISION)
-                n += BLOCK_N
+            start = 0
+            while start < N:  # chunk by chunk: in one chain of N additions the error would grow with N
+                B_chunk = tl.zeros((BLOCK, BLOCK), tl.float32)
+                chunk_i = tl.zeros((BLOCK,), tl.float32)
+                chunk_j = tl.zeros((BLOCK,), tl.float32)
+                n = start
+                start += rows_per_chunk
+                while n < tl.minimum(start, N):
+                    rows = n + tl.arange(0, BLOCK_N)
+                    y_i = _centred(x_ptr, rows, cols_i, first_i, mean_i, N, row_stride, col_stride, D)
+                    y_j = _centred(x_ptr, rows, cols_j, first_j, mean_j, N, row_stride, col_stride, D)
+                    chunk_i += tl.sum(y_i * y_i, axis=0)
+                    chunk_j += tl.sum(y_j * y_j, axis=0)
+                    B_chunk += tl.dot(tl.trans(y_i), y_j, input_precision=PRECISION)
+                    n += BLOCK_N
+                B += B_chunk
+                square_i += chunk_i
+                square_j += chunk_j
             B = B / N
             s_i = tl.sqrt_rn(square_i / N)
             s_j = tl.sqrt_rn(square_j / N)
@@ -372,11 +383,11 @@ def finish(
     CHUNK: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """(9) and (10) on a block of the output. Grid: (T, blocks of rows).
+    """(9) and (10) on a block of the output. Grid: (blocks of rows, T).
 
     FUSED: each program computes (6)-(8) of all features, CHUNK at a time, which saves a launch where D is small.
     """
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     features_ptr = _features(work_ptr, T, WIDTH)
     if FUSED:
         E = 0.0
@@ -397,16 +408,16 @@ def finish(
         E_prime = _total(work_ptr, 1, T, T_POW2, WIDTH)
         t = tl.load(features_ptr + 3 * WIDTH + cols)
     scale = tl.where(E == 0, 1.0, t * tl.sqrt_rn(E / (E_prime + eps)))
-    if tl.program_id(1) == 0:
+    if tl.program_id(0) == 0:
         tl.store(saved_scale_ptr + cols, scale, mask=cols < D)
     if x_ptr is not None:
-        if tl.program_id(1) == 0:
+        if tl.program_id(0) == 0:
             tl.store(scale_ptr + cols, scale, mask=cols < D)
             tl.store(std_ptr + cols, tl.load(features_ptr + cols), mask=cols < D)
             if count_ptr is not None:  # noqa: SIM102 (the first is decided when compiling, the second when running)
-                if tl.program_id(0) == 0:
+                if tl.program_id(1) == 0:
                     tl.store(count_ptr, tl.load(count_ptr) + 1)
-        rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         _scale_block(x_ptr, out_ptr, rows, cols, scale, N, row_stride, col_stride, D)
 
 
@@ -431,9 +442,9 @@ def scale_rows(
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(10) alone: evaluation, and the whole backward of the default mode. Grid: (blocks of features, of rows)."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """(10) alone: evaluation, and the whole backward of the default mode. Grid: (blocks of rows, of features)."""
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr + cols, mask=cols < D, other=0.0)
     _scale_block(x_ptr, out_ptr, rows, cols, scale, N, row_stride, col_stride, D)
 
@@ -558,10 +569,10 @@ def gradient(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx on a block; G + G^T is made tile by tile from C and never stored. Grid: (T, blocks of rows)."""
-    j = tl.program_id(0)
+    """dx on a block; G + G^T is made tile by tile from C and never stored. Grid: (blocks of rows, T)."""
+    j = tl.program_id(1)
     cols_j = j * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     features_ptr = _features(work_ptr, T, WIDTH)
     E = _total(work_ptr, 0, T, T_POW2, WIDTH)
     E_prime = _total(work_ptr, 1, T, T_POW2, WIDTH)
