@@ -206,7 +206,7 @@ def train_backward(
     N, D = x.shape
     plan = _plan(N, D)
     config, numbers = plan.config, (float(eps), float(beta))
-    warps = max(4, config.warps)  # with two, some compilers spill a register
+    warps = config.block // 8  # with fewer, some compilers spill a register
     dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
     work = plan.workspace(x, 3)
     with _on_device_of(x):
