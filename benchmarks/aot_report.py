@@ -3,20 +3,22 @@
     python benchmarks/aot_report.py [--output FILE]
 
 The launches are those that the backend itself makes: its host code runs with kernels that only record their arguments,
-over one shape for each row of its table, and each recorded launch is compiled ahead of time for every target. Needs
-triton and no GPU.
+over one shape for each row of its table and every dtype, and each recorded launch is compiled ahead of time for every
+target. Needs triton and no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +35,7 @@ TARGETS = {
 }
 # One (N, D) for each path through each row of backends.triton.TABLE, and one that needs the unfused tail.
 SHAPES = [(16, 384), (16, 768), (32, 384), (32, 768), (128, 384), (128, 768), (4096, 384), (4096, 1024), (64, 4096)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _POINTER = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -75,7 +78,9 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            options: dict[str, int] = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+            options: dict[str, int] = {
+                key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in kwargs
+            }
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             assert set(arguments) == set(self.kernel.arg_names), f"{self.name}: arguments do not match"
             self.launches.append(Launch(self.name, grid, arguments, options))
@@ -194,11 +199,11 @@ def _read_amd(kernel: str, target: str, compiled: Any) -> Compiled:
     )
 
 
-def launches() -> Iterator[tuple[str, Launch]]:
-    """Every launch of every row of the table, each binary once, with a label of its shape."""
+def launches(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int, torch.dtype, Launch]]:
+    """Every launch at these shapes (N, D), each binary once: the function, N, D and dtype that it was found with."""
     seen = set()
-    for N, D in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
+    for N, D in shapes:
+        for dtype in DTYPES:
             for function, found in record(N, D, dtype).items():
                 for launch in found:
                     values = {
@@ -209,7 +214,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
                     key = (launch.kernel, str(values), str(launch.options))
                     if key not in seen:
                         seen.add(key)
-                        yield f"{function} {N}x{D} {str(dtype).removeprefix('torch.')}", launch
+                        yield function, N, D, dtype, launch
 
 
 def main() -> int:
@@ -221,11 +226,14 @@ def main() -> int:
         parser.error("TRITON_INTERPRET=1 is set: unset it, the interpreter compiles nothing")
     head = f"{'launch':34} {'kernel':18} {'target':7} {'regs':>5} {'spill':>5} {'shared':>7} "
     head += f"{'ld128':>5} {'ld':>4} {'st128':>5} {'st':>4} {'instr':>6}"
-    lines = [head]
-    print(head, flush=True)
+    made = f"triton {importlib.metadata.version('triton')}, torch {torch.__version__}, compiled ahead of time on "
+    made += f"{date.today()}, run on no GPU; python benchmarks/aot_report.py"
+    lines = [made, head]
+    print(*lines, sep="\n", flush=True)
     for target in args.targets:
-        for label, launch in launches():
+        for function, N, D, dtype, launch in launches(SHAPES):
             c = compile_launch(launch, target)
+            label = f"{function} {N}x{D} {str(dtype).removeprefix('torch.')}"
             line = f"{label:34} {c.kernel:18} {target:7} {c.registers:5} {c.spills:5} {c.shared:7} "
             line += f"{c.wide_loads:5} {c.narrow_loads:4} {c.wide_stores:5} {c.narrow_stores:4} {c.instructions:6}"
             lines.append(line)

@@ -207,6 +207,9 @@ def train_backward(
     plan = _plan(N, D)
     config, numbers = plan.config, (float(eps), float(beta))
     warps = config.block // 8  # with fewer, some compilers spill a register
+    # NVIDIA's assembler rather spills a register than misses a step of occupancy, unless it is told how many a thread
+    # may have: all that there are, up to 255. Triton has no such option for AMD, where there is no need of it.
+    limit = {} if torch.version.hip else {"maxnreg": min(255, 65536 // (32 * warps))}
     dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
     work = plan.workspace(x, 3)
     with _on_device_of(x):
@@ -252,6 +255,7 @@ def train_backward(
             PRECISION=config.precision,
             num_warps=warps,
             num_stages=1,  # loads ahead of their use would spill registers on gfx942 and sm_120
+            **limit,
         )
     return dx
 
