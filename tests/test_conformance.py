@@ -187,6 +187,7 @@ SCENARIOS = [
     Scenario(300, 64, steps=UNCLEAR_AT_2, stop_gradient=False, bias_correction=True),
     Scenario(1030, 7, fp16),
     Scenario(1030, 65, fp64),
+    Scenario(2100, 7, steps=(1, 2), stop_gradient=False),  # chunks of several blocks of the Triton kernels
     # Options.
     Scenario(17, 65, steps=LONG, bias_correction=True),
     Scenario(17, 65, steps=(*UNCLEAR_AT_2, 60), bias_correction=True, stop_gradient=False),

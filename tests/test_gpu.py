@@ -56,8 +56,40 @@ def test_full_size(N, D, dtype):
         torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "D"), [(16, 384), (32, 768), (128, 2048), (64, 4096), (4096, 1024)], ids=str)
+def test_gradient_through_statistics(N, D, dtype):
+    """At most twice the error of the reference in float32, as in the conformance suite."""
+    seen = random_batch(8192, D).double()
+    # Statistics that have seen much, with R_ii a little below 1: at the clamp, where R_ii is by itself, the gradient is
+    # either of two values.
+    start = fresh(D, device="cuda")
+    start.running_cov.copy_(seen.T.cov())
+    start.running_std.copy_(seen.std(0) * 1.02)
+    x, dout = random_batch(N, D, dtype), random_batch(N + 1, D, dtype)[1:]
+
+    def gradient(backend, x, state):
+        x = x.detach().requires_grad_()
+        out = isobn(x, **state.tensors, training=True, backend=backend, stop_gradient=False)
+        out.backward(dout.to(out.dtype))
+        return x.grad.double()
+
+    exact = State(*(getattr(start, name).double() for name in NAMES), start.num_batches_tracked.clone())
+    want = gradient("reference", x.double(), exact)
+    errors = {}
+    for backend in ("reference", "triton"):
+        difference = gradient(backend, x, start.clone()) - want
+        errors[backend] = (difference.abs().amax(0) / want.abs().amax(0)).max().item()
+    assert errors["triton"] <= 2 * errors["reference"] + 1e-6
+
+
 def test_more_elements_than_32_bits_count():
-    """3 million rows of 768: the same 3,000 over and over, whose statistics are known."""
+    """3 million rows of 768: the same 3,000 over and over, whose statistics are known.
+
+    The tolerance: a chain of n additions of squares is off by at most n half units in the last place, 2^-24. A chunk is
+    1,465 blocks of 32 rows, and there are 64, so that a deviation, half as far off as its square, is within 4.6e-5; as
+    rounding errors cancel, a simulation finds 8e-7. A row at a wrong address would show in the third digit.
+    """
     if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
         pytest.skip("needs a GPU with 24 GiB of memory")
     base = random_batch(3000, 768, torch.bfloat16)
@@ -108,6 +140,11 @@ def test_two_streams_at_once():
     streams = [torch.cuda.Stream() for _ in xs]
     torch.cuda.synchronize()
     found = [None, None]
+    # Both wait for a kernel of a tenth of a second, in which all their steps are queued: then they run side by side.
+    torch.cuda._sleep(200_000_000)
+    gate = torch.cuda.current_stream().record_event()
+    for stream in streams:
+        stream.wait_event(gate)
     for _ in range(100):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):

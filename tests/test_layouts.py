@@ -59,8 +59,9 @@ def test_views_of_x_and_dout(case, view, dtype, shape, stop_gradient):
     x_view, dout_view = view(x), view(dout)
     beside = [v._base.clone() if v._is_view() else v.clone() for v in (x_view, dout_view)]
     out_view, dx_view = train_with_gradient(x_view, dout_view, viewed, case, stop_gradient=stop_gradient)
-    # The order of a sum may depend on the strides in plain PyTorch; a kernel has one order.
-    if case is REFERENCE:
+    # The order of a sum may depend on the strides in plain PyTorch, and on a GPU in Triton, which spreads a block over
+    # the threads by how wide it can be read and adds up what a thread holds first. Any other kernel has one order.
+    if case is REFERENCE or case.name == "triton-gpu":
         tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
         torch.testing.assert_close(out_view, out, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(dx_view, dx, rtol=tolerance, atol=tolerance)
