@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def build(sanitize=False, sources=ROOT, folder=None):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             objects, running = [], []
-            common = ["g++", *flags, "-c", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+            common = ["g++", *flags, "-c", "-Wall", "-Wno-unknown-pragmas"]
             common += [f'-DISOBN_{key}="{value}"' for key, value in NAMES.items()]
             for path in (sources / "tests/emulation", pybind11.get_include(), sysconfig.get_path("include")):
                 common += ["-isystem" if "include" in str(path) else "-I", str(path)]
@@ -71,7 +72,8 @@ def build(sanitize=False, sources=ROOT, folder=None):
 
 def load(path):
     """The module, and the emulator's own functions."""
-    spec = importlib.util.spec_from_file_location("emulated._cuda", path)
+    name = f"emulated_{hashlib.sha256(str(path).encode()).hexdigest()}._cuda"  # pybind11 keeps modules by their names
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     emulator = ctypes.CDLL(str(path))
@@ -110,7 +112,7 @@ def another_device(folder, processors=132, cooperative=True, per_processor=1, sh
     """A GPU of so many processors, and so on: a copy of the module, which has planned nothing yet."""
     global EMULATOR
     before = EMULATOR
-    copy = shutil.copy(build(), folder)
+    copy = shutil.copy(build(), tempfile.mkdtemp(dir=folder))
     EMULATOR = install(copy)
     EMULATOR.isobn_emulation_device(processors, cooperative, per_processor, shared)
     try:

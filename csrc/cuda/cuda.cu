@@ -246,6 +246,7 @@ void train_backward(const Strided& dout, const Strided& x, int64_t N, int64_t D,
   params.count = state.num_batches_tracked;
   params.scale = scale;
   params.dx = dx;
+  params.gain = float(options.momentum / double(N));
   params.beta = float(options.beta);
   params.momentum = options.momentum;
   params.eps = options.eps;

@@ -42,12 +42,13 @@ struct alignas(4 * sizeof(X)) Quad {
   X at[4];
 };
 
-// The columns of a thread: four neighbours where accesses may be wide, else a block's width apart.
+// The columns of a thread: four neighbours, whose accesses are one where they may be wide. They are the same ones where
+// not, so that sums over columns have one order and their bits do not depend on alignment or strides.
 template <bool kWide>
 struct Columns {
   int D;
 
-  __device__ int at(int v) const { return kWide ? kColumns * threadIdx.x + v : threadIdx.x + v * blockDim.x; }
+  __device__ int at(int v) const { return kColumns * threadIdx.x + v; }
   template <class X>
   __device__ void load(const X* row, int64_t col_stride, float (&to)[kColumns]) const {
     if (kWide) {
@@ -211,9 +212,8 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
 
   for (int group = 0; group < p.groups; ++group) {
     const int i0 = first + group * kRows;
-    // Asked for early: it arrives while the product is made.
     float c[kRows][kColumns];
-    load_upper<kWide>(p.C, i0, columns, c);
+    if (kWide) load_upper<kWide>(p.C, i0, columns, c);  // early: it arrives while the product is made
 
     float product[kRows][kColumns] = {};
     if (kUpdate) {
@@ -230,7 +230,8 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
 
       // (2) and (3). C_ij and C_ji come from the same products in the same order.
       float squares[kColumns] = {};
-#pragma unroll 2
+      [[maybe_unused]] constexpr int kUnroll = kWide ? 2 : 1;  // as far as 128 registers reach, on every target
+#pragma unroll kUnroll
       for (int n = 0; n < N; ++n) {
         float y[kColumns];
         columns.load(x + n * p.row_stride, p.col_stride, y);
@@ -255,6 +256,7 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
     } else {
       __syncthreads();  // w
     }
+    if (!kWide) load_upper<kWide>(p.C, i0, columns, c);  // late: a single access for each value takes more registers
 
     if (group == 0) {
 #pragma unroll
@@ -419,6 +421,7 @@ struct Gradient {
   const float *C, *running_std, *scale;
   const int64_t* count;  // or null
   void* dx;              // (N, D), contiguous
+  float gain;            // momentum / N
   float beta;
   double momentum, eps;
   bool bias_correction;
@@ -543,7 +546,7 @@ __global__ void __launch_bounds__(kGradientThreads) gradient(const Gradient p) {
   const X* const x = static_cast<const X*>(p.x);
   share_weight(p, &shared.w);
   __syncthreads();
-  const float w = shared.w, pair_gain = 2.0f / float(D), gain = float(p.momentum / (double(w) * p.N));
+  const float w = shared.w, pair_gain = 2.0f / float(D), gain = p.gain / w;
   const float inv_j = j < D ? p.inv[j] : 0, dgamma_j = j < D ? p.dgamma[j] : 0;
 
   float sums[kOutputs] = {}, dR_R = 0;
