@@ -1,8 +1,7 @@
 """Builds `isobn_kernels._C` where there is a C++ compiler, and `isobn_kernels._cuda` where there is nvcc too.
 
 Without them the install is pure Python and works. csrc/ includes no torch header: the build needs setuptools and
-pybind11, and takes seconds, or a minute or two with nvcc. ``ISOBN_CUDA_ARCHS`` narrows the GPUs that it is for: "90", or
-"80,90".
+pybind11, and takes seconds, or a minute with nvcc. ``ISOBN_CUDA_ARCHS`` narrows the GPUs that it is for: "90", "80,90".
 """
 
 import datetime

@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A backend that has no float64, or a limit on the batch, says so when asked; that is then skipped, in its words."""
+    """A backend without float64, or with a limit on the batch, says so when asked; that is skipped, in its words."""
     try:
         return (yield)
     except Exception as error:  # opcheck raises its own around it

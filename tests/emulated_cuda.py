@@ -1,7 +1,7 @@
 """The CUDA kernels on the host: builds csrc/cuda with tests/emulation in place of CUDA, and puts it into the backend.
 
-``ISOBN_TEST_CUDA=emulated`` makes it a case of `cases.CASES`. The build (some 20 s) is kept, by the content of its sources,
-in ``build/`` under the repository.
+``ISOBN_TEST_CUDA=emulated`` makes it a case of `cases.CASES`. The build (some 10 s) is kept, by the content of its
+sources, in ``build/`` under the repository.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def build(sanitize=False, sources=ROOT, folder=None):
                 source = sources / source.relative_to(ROOT)
                 objects.append(str(target.parent / f"{source.stem}.o"))
                 running.append(subprocess.Popen([*common, "-x", "c++", str(source), "-o", objects[-1]]))
-            if any([process.wait() for process in running]):
+            if sum(process.wait() != 0 for process in running):
                 raise RuntimeError("the emulated CUDA kernels do not compile; the compiler's words are above")
             part = target.with_suffix(".part")
             subprocess.run(["g++", *flags, "-shared", *objects, "-o", str(part)], check=True)

@@ -42,7 +42,14 @@ def run(cuda, x, dout, dtype, bias_correction, device):
     cuda.compute_scale(D, *state, computed.ctypes.data, *numbers, work[1].ctypes.data)
     cuda.apply_scale(*there, saved.ctypes.data, scaled.ctypes.data, device, stream)
     cuda.train_backward(
-        dout.ctypes.data, *strides(dout), *there, *state, scale.ctypes.data, dx.ctypes.data, *numbers, work[2].ctypes.data
+        dout.ctypes.data,
+        *strides(dout),
+        *there,
+        *state,
+        scale.ctypes.data,
+        dx.ctypes.data,
+        *numbers,
+        work[2].ctypes.data,
     )
     assert scaled.tobytes() == out.tobytes()
     assert scale.tobytes() == saved.tobytes()

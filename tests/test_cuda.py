@@ -258,6 +258,7 @@ BARRIERS = {
     "before the product": ("      __syncthreads();\n\n      // (2) and (3).", "      // (2) and (3)."),
 }
 
+
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_seen(tmp_path, name):
     sources = tmp_path / "sources"

@@ -20,7 +20,18 @@ STATIC_SHARED = 0
 
 def compiled(arch, folder):
     """(kernel, template arguments): registers, spilled bytes, shared bytes; and {kernel: its PTX}."""
-    command = ["nvcc", "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", "--keep", "--keep-dir", folder]
+    command = [
+        "nvcc",
+        "-O3",
+        "-std=c++17",
+        "-cubin",
+        f"-arch=sm_{arch}",
+        "-Xptxas",
+        "-v",
+        "--keep",
+        "--keep-dir",
+        folder,
+    ]
     done = subprocess.run(
         [*map(str, command), "-o", str(folder / "cuda.cubin"), "csrc/cuda/cuda.cu"],
         cwd=ROOT,

@@ -44,8 +44,11 @@ _stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", l
 
 
 def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, or None. A device is tried out only once CUDA is in use, in `device_reason`."""
-    return _REASON or _machine_reason()
+    """Why this backend cannot run here, or None.
+
+    To try a device out initialises CUDA, so that it is left to `unsupported_reason` until something else has done that.
+    """
+    return _REASON or _machine_reason() or (_devices_reason() if torch.cuda.is_initialized() else None)
 
 
 @cache
@@ -59,6 +62,12 @@ def _machine_reason() -> str | None:
             "Update the driver, or build with an older nvcc"
         )
     return None
+
+
+@cache
+def _devices_reason() -> str | None:
+    reasons = [device_reason(device) for device in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
 
 
 @cache
