@@ -41,16 +41,8 @@ def run(cuda, x, dout, dtype, bias_correction, device):
         )
     cuda.compute_scale(D, *state, computed.ctypes.data, *numbers, work[1].ctypes.data)
     cuda.apply_scale(*there, saved.ctypes.data, scaled.ctypes.data, device, stream)
-    cuda.train_backward(
-        dout.ctypes.data,
-        *strides(dout),
-        *there,
-        *state,
-        scale.ctypes.data,
-        dx.ctypes.data,
-        *numbers,
-        work[2].ctypes.data,
-    )
+    through = [*state, scale.ctypes.data, dx.ctypes.data]
+    cuda.train_backward(dout.ctypes.data, *strides(dout), *there, *through, *numbers, work[2].ctypes.data)
     assert scaled.tobytes() == out.tobytes()
     assert scale.tobytes() == saved.tobytes()
     return {"out": out, "dx": dx, "C": C, "sigma": sigma, "scale": scale, "computed": computed}

@@ -252,7 +252,7 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
 
 # ---- The emulator itself ----
 
-# What is taken out of kernels.cuh, and must be missed. The rest of the suite is what a mutation of values has to get past.
+# What is taken out of kernels.cuh, and must be missed.
 BARRIERS = {
     "of the grid": ("  if (p.phase == Phase::whole) cooperative_groups::this_grid().sync();\n", ""),
     "before the product": ("      __syncthreads();\n\n      // (2) and (3).", "      // (2) and (3)."),

@@ -14,26 +14,14 @@ TARGETS = [80, 86, 89, 90, 100, 120]  # CUDA_ARCHS in setup.py
 # The most registers of a thread, on any target. 128 are what 512 threads of a step, the most there are, leave to each.
 LIMITS = {"step": 128, "apply": 32, "backward_rows": 64, "backward_features": 64, "gradient": 64, "probe_kernel": 16}
 INSTANCES = {"step": 8, "apply": 6, "backward_rows": 3, "backward_features": 1, "gradient": 3, "probe_kernel": 1}
-# Shared memory is dynamic: sizes of the structs that lie in it, as the host asks for them. 48 KiB need no permission.
-STATIC_SHARED = 0
+STATIC_SHARED = 0  # it is dynamic; cuda.cu asserts the most that a launch asks for
 
 
 def compiled(arch, folder):
     """(kernel, template arguments): registers, spilled bytes, shared bytes; and {kernel: its PTX}."""
-    command = [
-        "nvcc",
-        "-O3",
-        "-std=c++17",
-        "-cubin",
-        f"-arch=sm_{arch}",
-        "-Xptxas",
-        "-v",
-        "--keep",
-        "--keep-dir",
-        folder,
-    ]
+    flags = ["-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
     done = subprocess.run(
-        [*map(str, command), "-o", str(folder / "cuda.cubin"), "csrc/cuda/cuda.cu"],
+        ["nvcc", *flags, "-o", str(folder / "cuda.cubin"), "csrc/cuda/cuda.cu"],
         cwd=ROOT,
         capture_output=True,
         text=True,

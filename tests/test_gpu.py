@@ -1,7 +1,7 @@
 """The Triton and the CUDA kernels on a GPU: full sizes, addresses beyond 32 bits, CUDA graphs, streams, many repeats.
 
-The conformance suite itself runs there too, as the cases "triton-gpu" and "cuda-gpu" of `cases.CASES`. What a backend does
-not take, as it says itself, is skipped.
+The conformance suite itself runs there too, as the cases "triton-gpu" and "cuda-gpu" of `cases.CASES`. What a backend
+does not take, as it says itself, is skipped.
 """
 
 import pytest

@@ -73,6 +73,10 @@ size_t step_shared(const Plan& plan, int64_t D) {
   return sizeof(StepShared) + (plan.whole ? kept_floats(plan.groups, D) * sizeof(float) : 0);
 }
 
+// Without permission a launch may ask for 48 KiB; with it, for 99 KiB or more on every GPU from sm_80 on.
+static_assert(sizeof(GradientShared) <= 48 << 10 && sizeof(StepShared) <= 48 << 10);
+static_assert(sizeof(StepShared) + kRows * (2 + kMaxFeatures) * sizeof(float) <= 99 << 10);
+
 Plan make_plan(StepKernel kernel, int64_t D, int device) {
   Plan plan{};
   plan.threads = int(blocks_of(D, kColumns * kWarp)) * kWarp;
