@@ -77,7 +77,7 @@ def load(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     emulator = ctypes.CDLL(str(path))
-    emulator.isobn_emulation_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
+    emulator.isobn_emulation_device.argtypes = [*[ctypes.c_int] * 3, *[ctypes.c_size_t] * 2]
     return module, emulator
 
 
@@ -108,13 +108,13 @@ def descending():
 
 
 @contextmanager
-def another_device(folder, processors=132, cooperative=True, per_processor=1, shared=232448):
+def another_device(folder, processors=132, cooperative=True, shared=232448, without_permission=48 << 10):
     """A GPU of so many processors, and so on: a copy of the module, which has planned nothing yet."""
     global EMULATOR
     before = EMULATOR
     copy = shutil.copy(build(), tempfile.mkdtemp(dir=folder))
     EMULATOR = install(copy)
-    EMULATOR.isobn_emulation_device(processors, cooperative, per_processor, shared)
+    EMULATOR.isobn_emulation_device(processors, cooperative, 1, shared, without_permission)
     try:
         yield EMULATOR
     finally:

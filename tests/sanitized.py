@@ -56,7 +56,7 @@ def main(extension, cases, results):
         dtype, transposed, bias_correction, whole = (int(part) for part in key.split("/")[1].split(","))
         x, dout = (given[f"{key}/{name}"].copy(order="F" if transposed else "C") for name in ("x", "dout"))
         # Device 0 is too small for one launch; what is planned for a device stays.
-        emulator.isobn_emulation_device(132 if whole else 0, 1, 1, ctypes.c_size_t(232448))
+        emulator.isobn_emulation_device(132 if whole else 0, 1, 1, ctypes.c_size_t(232448), ctypes.c_size_t(48 << 10))
         for descending in (0, 1):
             emulator.isobn_emulation_order(descending)
             for name, value in run(cuda, x, dout, dtype, bool(bias_correction), whole).items():

@@ -110,6 +110,17 @@ def test_shared_memory_that_is_too_small_for_one_launch(tmp_path):
         assert_same(steps(17, 640, torch.float32), expected)
 
 
+def test_shared_memory_that_needs_permission(tmp_path):
+    """Permission is a kernel's, whatever the size: what a small D asks for must not take it from a larger one."""
+    shapes = [(17, 640, torch.float32), (17, 384, torch.float32)]
+    expected = [steps(*shape) for shape in shapes]
+    with emulated_cuda.another_device(tmp_path, without_permission=20 << 10):
+        assert all(backends.load("cuda")._cuda.one_launch(0, D, -1) for _, D, _ in shapes)
+        for shape, want in zip(shapes, expected, strict=True):
+            assert_same(steps(*shape), want)
+        assert_same(steps(*shapes[0]), expected[0])
+
+
 def test_the_widest_rows(tmp_path):
     """D = 2048, the limit. In two launches, for which the emulator needs less memory."""
     x, state = batch(2, 2048), fresh(2048)

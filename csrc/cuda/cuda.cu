@@ -84,13 +84,14 @@ Plan make_plan(StepKernel kernel, int64_t D, int device) {
   plan.whole = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
   if (plan.whole) {
     const int processors = attribute(cudaDevAttrMultiProcessorCount, device);
+    // All there is, as the permission is the kernel's and not this plan's.
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared));
     // As few rows a block as let all blocks be there at once: the launch takes as long as one of them.
     for (plan.groups = 1;; ++plan.groups) {
       plan.blocks = int(blocks_of(D, kRows * plan.groups));
       plan.shared = step_shared(plan, D);
       if (plan.shared > size_t(most_shared)) break;
       int per_processor = 0;
-      CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared)));
       CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads, plan.shared));
       if (int64_t(per_processor) * processors >= plan.blocks) return plan;
     }

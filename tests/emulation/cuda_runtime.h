@@ -65,7 +65,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream);
 
 namespace emulation {
 using Kernel = void (*)(const void* call);
-cudaError_t launch(Kernel run, const void* call, dim3 grid, dim3 block, size_t shared, bool cooperative);
+cudaError_t launch(Kernel run, const void* call, const void* kernel, dim3 grid, dim3 block, size_t shared,
+                   bool cooperative);
 cudaError_t allow_shared(const void* kernel, size_t bytes);
 cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t shared);
 
@@ -83,13 +84,15 @@ struct Call {
 template <class Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
   const emulation::Call<Params> call{kernel, arguments[0]};
-  return emulation::launch(&emulation::Call<Params>::run, &call, grid, block, shared, false);
+  return emulation::launch(&emulation::Call<Params>::run, &call, reinterpret_cast<const void*>(kernel), grid, block, shared,
+                           false);
 }
 template <class Params>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments, size_t shared,
                                         cudaStream_t) {
   const emulation::Call<Params> call{kernel, arguments[0]};
-  return emulation::launch(&emulation::Call<Params>::run, &call, grid, block, shared, true);
+  return emulation::launch(&emulation::Call<Params>::run, &call, reinterpret_cast<const void*>(kernel), grid, block, shared,
+                           true);
 }
 template <class Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params), cudaFuncAttribute, int bytes) {

@@ -226,13 +226,15 @@ void* exchange(const void* value, size_t bytes, unsigned source_lane) {
   return warp[source_lane].given[turn];
 }
 
-cudaError_t launch(Kernel run, const void* call, dim3 grid, dim3 block, size_t shared, bool cooperative) {
+cudaError_t launch(Kernel run, const void* call, const void* which, dim3 grid, dim3 block, size_t shared,
+                   bool cooperative) {
   const std::lock_guard<std::mutex> lock(device.mutex);
   if (fail_after == 0) return cudaErrorInvalidValue;
   if (fail_after > 0) --fail_after;
   ++launches;
   const size_t threads = block.x, blocks = size_t(grid.x) * grid.y;
-  if (threads == 0 || threads > 1024 || blocks == 0 || shared > most_shared) return cudaErrorInvalidValue;
+  if (threads == 0 || threads > 1024 || blocks == 0) return cudaErrorInvalidValue;
+  if (shared > std::max(std::min(default_shared, most_shared), allowed_shared[which])) return cudaErrorInvalidValue;
   if (cooperative && blocks > size_t(processors) * blocks_per_processor) return cudaErrorCooperativeLaunchTooLarge;
   pool.reserve(cooperative ? blocks * threads : threads);
   kernel = run;
@@ -320,11 +322,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 
 extern "C" {
 __attribute__((visibility("default"))) void isobn_emulation_order(int is_descending) { descending = is_descending != 0; }
-__attribute__((visibility("default"))) void isobn_emulation_device(int number, int cooperative, int per_processor, size_t shared) {
+__attribute__((visibility("default"))) void isobn_emulation_device(int number, int cooperative, int per_processor, size_t shared, size_t without_permission) {
   processors = number;
   cooperative_launch = cooperative;
   blocks_per_processor = per_processor;
   most_shared = shared;
+  default_shared = without_permission;
 }
 __attribute__((visibility("default"))) void isobn_emulation_fail_after(int calls) { fail_after = calls; }
 __attribute__((visibility("default"))) int isobn_emulation_launches() { return launches; }
