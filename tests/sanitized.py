@@ -21,6 +21,16 @@ def load(path):
     return module, ctypes.CDLL(path)
 
 
+def laid_out(x, layout):
+    """A copy: in rows, in columns, in rows one element apart, in rows from an odd address on."""
+    N, D = x.shape
+    if layout == 2:
+        return np.pad(x, ((0, 0), (0, 1)))[:, :D]
+    if layout == 3:
+        return np.pad(x.reshape(-1), (1, 0))[1:].reshape(N, D)
+    return x.copy(order="F" if layout == 1 else "C")
+
+
 def strides(x):
     return [stride // x.itemsize for stride in x.strides]
 
@@ -53,8 +63,8 @@ def main(extension, cases, results):
     found = {}
     given = np.load(cases)
     for key in sorted({name.rsplit("/", 1)[0] for name in given}):
-        dtype, transposed, bias_correction, whole = (int(part) for part in key.split("/")[1].split(","))
-        x, dout = (given[f"{key}/{name}"].copy(order="F" if transposed else "C") for name in ("x", "dout"))
+        dtype, layout, bias_correction, whole = (int(part) for part in key.split("/")[1].split(","))
+        x, dout = (laid_out(given[f"{key}/{name}"], layout) for name in ("x", "dout"))
         # Device 0 is too small for one launch; what is planned for a device stays.
         emulator.isobn_emulation_device(132 if whole else 0, 1, 1, ctypes.c_size_t(232448), ctypes.c_size_t(48 << 10))
         for descending in (0, 1):

@@ -42,14 +42,24 @@ def tried_out():
     assert backends.load("cuda").device_reason(-1) is None
 
 
-def steps(N, D, dtype, transposed=False):
+def transposed(x):
+    return x.T.contiguous().T
+
+
+def in_longer_rows(x):
+    return torch.nn.functional.pad(x, (0, 1))[:, :-1]
+
+
+def at_an_odd_address(x):
+    return torch.nn.functional.pad(x.reshape(-1), (1, 0))[1:].view(x.shape)
+
+
+def steps(N, D, dtype, layout=torch.clone):
     """Everything that two training steps, their gradients, and a scale from the statistics give."""
     state, found = warm(D, dtype), []
     for step in range(2):
         x, dout = batch(N, D, step, dtype), upstream(N, D, step, dtype)
-        if transposed:
-            x, dout = x.T.contiguous().T, dout.T.contiguous().T
-        x.requires_grad_()
+        x, dout = layout(x).requires_grad_(), layout(dout)
         out = isobn(
             x,
             **state.tensors,
@@ -74,6 +84,12 @@ def test_threads_and_blocks_may_run_in_any_order(shape):
     expected = steps(*shape)
     with emulated_cuda.descending():
         assert_same(steps(*shape), expected)
+
+
+@pytest.mark.parametrize("layout", [transposed, in_longer_rows, at_an_odd_address])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_wide_accesses_change_no_bit(layout, dtype):
+    assert_same(steps(17, 68, dtype, layout), steps(17, 68, dtype))
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
@@ -200,14 +216,15 @@ def test_a_device_that_runs_no_kernel(monkeypatch):
 
 # ---- Sanitizers ----
 
-SANITIZED = [  # N, D, dtype, transposed, bias correction, one launch
-    *((N, D, torch.float32, False, False, True) for N in (2, 3, 17) for D in (1, 7, 64, 65)),
-    (128, 65, torch.float32, True, True, True),
-    (128, 68, torch.float16, False, True, True),
-    (17, 65, torch.bfloat16, False, False, False),
-    (17, 384, torch.bfloat16, False, False, True),
-    (33, 100, torch.float32, False, True, False),
-    (5, 1000, torch.float32, False, False, True),
+SANITIZED = [  # N, D, dtype, layout in sanitized.py, bias correction, one launch
+    *((17, 68, torch.float32, layout, False, True) for layout in range(4)),
+    *((N, D, torch.float32, 0, False, True) for N in (2, 3, 17) for D in (1, 7, 64, 65)),
+    (128, 65, torch.float32, 1, True, True),
+    (128, 68, torch.float16, 3, True, True),
+    (17, 65, torch.bfloat16, 0, False, False),
+    (17, 384, torch.bfloat16, 0, False, True),
+    (33, 100, torch.float32, 0, True, False),
+    (5, 1000, torch.float32, 0, False, True),
 ]
 CODE = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 
@@ -218,8 +235,8 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
     if not Path(library).is_absolute():
         pytest.skip("g++ has no AddressSanitizer: libasan is not installed")
     given, expected = {}, {}
-    for N, D, dtype, transposed, bias_correction, whole in SANITIZED:
-        key = f"{N}x{D}/{CODE[dtype]},{int(transposed)},{int(bias_correction)},{int(whole)}"
+    for N, D, dtype, layout, bias_correction, whole in SANITIZED:
+        key = f"{N}x{D}/{CODE[dtype]},{layout},{int(bias_correction)},{int(whole)}"
         x, dout = batch(N, D, dtype=dtype), upstream(N, D, dtype=dtype)
         as_it_lies = torch.int16 if dtype == torch.bfloat16 else dtype
         given[f"{key}/x"], given[f"{key}/dout"] = (t.view(as_it_lies).numpy() for t in (x, dout))

@@ -285,7 +285,7 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
       for (int v = 0; v < kColumns; ++v) {
         if (kUpdate && seen_i && seen[v]) c[r][v] = ::fmaf(p.gain, product[r][v], p.keep * c[r][v]);
         const float R = clamp(correlation(c[r][v], inv_i, inv[v]), -1.0f, 1.0f);
-        sums[r] = columns.at(v) < D ? ::fmaf(R, R, sums[r]) : sums[r];
+        sums[r] = ::fmaf(R, R, sums[r]);  // 0 past the last column: C is loaded as 0 there, and 1/0 := 0
         if (columns.at(v) == i0 + r) shared.diagonal[r] = c[r][v];
       }
       if (kUpdate) columns.store(c[r], kept_rows + (group * kRows + r) * D);
