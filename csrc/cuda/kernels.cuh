@@ -369,8 +369,9 @@ __device__ void scatter(const Step& p, StepShared& shared, float* kept) {
   }
 }
 
+// One block a multiprocessor is enough: without saying so, some compilers spill registers to fit in more.
 template <class X, bool kWide, bool kUpdate>
-__global__ void __launch_bounds__(kMaxThreads) step(const Step p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) step(const Step p) {
   StepShared& shared = *reinterpret_cast<StepShared*>(isobn_shared);
   float* const kept = p.phase == Phase::whole ? reinterpret_cast<float*>(isobn_shared + sizeof(StepShared))
                                               : p.kept + blockIdx.x * kept_floats(p.groups, p.D);
