@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --durations 10
 TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton or traffic" $(addprefix tests/test_, \
 	$(addsuffix .py, conformance direct_path edge_cases gradients layouts module op properties traffic triton))
+# The CUDA kernels on an emulator, which is built of tests/emulation once.
+TEST_CUDA = ISOBN_TEST_CUDA=emulated $(PYTEST) -k cuda $(addprefix tests/test_, \
+	$(addsuffix .py, conformance cuda determinism direct_path edge_cases errors gradients layouts module op properties))
 
 .PHONY: demo test test-all lint bench clean
 .DELETE_ON_ERROR:
@@ -25,10 +28,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST)
 	$(TEST_TRITON)
+	$(TEST_CUDA)
 
 test-all: $(VENV)/.test
 	$(PYTEST) --full
 	$(TEST_TRITON) --full
+	$(TEST_CUDA) --full
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

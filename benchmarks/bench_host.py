@@ -2,7 +2,7 @@
 
     python benchmarks/bench_host.py [--output FILE]
 
-The launches are stubbed: each kernel of the Triton backend, and each function of the C++ extension, is replaced by one
+The launches are stubbed: each kernel of the Triton backend, and each function of the C++ extensions, is replaced by one
 that returns at once. Everything before and after runs as it is, on CPU tensors, in one thread; no GPU is needed.
 Beside it, for scale: a step of ``x * scale`` in plain PyTorch, and the argument checks alone.
 
@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent))  # for `benchmarks`; a package that is installed goes first
 from benchmarks.bench_op import BETA, EPS, MOMENTUM, Call, Shape, busy_reasons, environment, grid, quartiles, wall_clock
 from isobn_kernels import functional, isobn
-from isobn_kernels.backends import cpu
+from isobn_kernels.backends import cpu, cuda
 from isobn_kernels.backends import triton as backend
 
 CASES = (((32, 768), torch.float32), ((32, 384), torch.bfloat16))
@@ -41,6 +41,8 @@ NOTES = """\
 Launches are stubbed: these are microseconds of the host, and no kernel of this package ran.
 Left out, triton: Triton's own launcher (each launch checks its arguments and finds its binary, on top of these
   figures), the choice of the device, PyTorch's allocator for GPUs, torch.cuda.is_available() at each call by name.
+Left out, cuda: the call into C++ (0.5 us or so) and the launch in it, the handle of the stream, PyTorch's allocator for
+  GPUs.
 Left out, cpu: the call into C++.
 In the figures: a call that returns at once for each launch left out; memory from PyTorch's allocator for CPUs; the
   product with scale and its backward where PyTorch computes them: in "x * scale", and in "cpu" at these shapes."""
@@ -84,7 +86,27 @@ def stubbed_cpu() -> Iterator[None]:
         yield
 
 
-STUBS: dict[str, Callable[[], AbstractContextManager[None]]] = {"triton": stubbed_triton, "cpu": stubbed_cpu}
+@contextlib.contextmanager
+def stubbed_cuda() -> Iterator[None]:
+    """The CUDA backend takes CPU tensors and calls nothing; a workspace is as large as where a step is one launch."""
+    names = ("train_forward", "compute_scale", "apply_scale", "train_backward")
+    stub = SimpleNamespace(
+        **dict.fromkeys(names, nothing), workspace_bytes=lambda *args: 1536, MAX_ROWS=128, MAX_FEATURES=2048
+    )
+    with (
+        mock.patch.multiple(cuda, _cuda=stub, _DEVICE_TYPE="cpu", _REASON=None),
+        mock.patch.multiple(cuda, _machine_reason=nothing, device_reason=nothing, _stream=lambda device: 0),
+        mock.patch.object(cuda, "_workspace_bytes", cache(stub.workspace_bytes)),
+        mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
+    ):
+        yield
+
+
+STUBS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "cuda": stubbed_cuda,
+    "triton": stubbed_triton,
+    "cpu": stubbed_cpu,
+}
 
 
 def missing() -> dict[str, str]:

@@ -96,12 +96,13 @@ PYTHON
 export python
 export -f describe_machine
 
-# What the sanitizers watch: a few steps of both block sizes, forward and backward.
+# What the sanitizers watch: a few steps of all block sizes, forward and backward.
 steps='
+SHAPES = [(2, 65, "triton"), (17, 65, "triton"), (130, 600, "triton"), (2, 65, "cuda"), (17, 384, "cuda"), (128, 100, "cuda")]
 import torch
 from isobn_kernels import IsoBN
-for N, D in ((2, 65), (17, 65), (130, 600)):
-    layer = IsoBN(D, backend="triton", stop_gradient=False, bias_correction=True, device="cuda").train()
+for N, D, backend in SHAPES:
+    layer = IsoBN(D, backend=backend, stop_gradient=False, bias_correction=True, device="cuda").train()
     x = torch.randn(N, D, device="cuda", requires_grad=True)
     layer(x).square().sum().backward()
     layer.refresh_scale()
@@ -122,17 +123,25 @@ printf '%s\n' "IsoBN kernels, commit $GIT_COMMIT, $(date -u +%Y-%m-%dT%H:%MZ)" >
 stage environment 20 environment.txt bash -c describe_machine
 sed -n '/^[+]--\|^... ... /q;p' "$out/environment.txt" | head -n 14 | sed 's/^/    /' >>"$summary"
 
+# For the GPU that is here only, which is quicker.
+ISOBN_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd, -)
+export ISOBN_CUDA_ARCHS
 stage build 60 build.log "$python" setup.py build_ext --inplace || last build.log 5
 
 no_gpu=$(missing_gpu)
 if [ -n "$no_gpu" ]; then
-    for name in "gpu tests" conformance sanitizers "bench cuda"; do say "$(printf '%-12s %s' "$name" "$no_gpu")"; done
+    for name in "gpu tests" "cuda suite" "triton suite" sanitizers "bench cuda"; do say "$(printf '%-12s %s' "$name" "$no_gpu")"; done
 else
-    stage "gpu tests" 110 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py
+    stage "gpu tests" 120 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py
+    last gpu_tests.log 1
+    suite="tests/test_conformance.py tests/test_edge_cases.py tests/test_gradients.py tests/test_layouts.py"
+    # shellcheck disable=SC2086 # a list of files
+    stage "cuda suite" 40 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider $suite -k cuda-gpu
     last gpu_tests.log 1
     # Without 16-bit types: each width, dtype and stride is compiled, for some seconds.
-    stage conformance 90 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider tests/test_conformance.py \
-        tests/test_edge_cases.py tests/test_gradients.py tests/test_layouts.py -k "triton-gpu and not float16 and not bfloat16"
+    # shellcheck disable=SC2086
+    stage "triton suite" 90 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider $suite \
+        -k "triton-gpu and not float16 and not bfloat16"
     last gpu_tests.log 1
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck initcheck synccheck; do

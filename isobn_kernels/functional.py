@@ -209,7 +209,7 @@ def _compute_scale_here(
     running_cov: Tensor, running_std: Tensor, num_batches_tracked: Tensor | None, *options: Any
 ) -> Tensor:
     *numbers, backend = options
-    return backends.select(backend, running_cov).compute_scale(running_cov, running_std, num_batches_tracked, *numbers)
+    return backends.select(backend, running_std).compute_scale(running_cov, running_std, num_batches_tracked, *numbers)
 
 
 def _train_backward_here(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from typing import NamedTuple
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -56,11 +57,13 @@ CASES = [
     Case("cpu-avx2", "cpu", isa="avx2", large=True),
     Case("cpu-avx512", "cpu", isa="avx512"),
 ]
-# The GPU kernels, interpreted, in a session of their own: the interpreter is chosen before the first import.
+# The GPU kernels, interpreted or emulated, each in a session of its own: it is chosen before the first import.
 if os.environ.get("TRITON_INTERPRET") == "1":
     CASES.append(Case("triton-interpreted", "triton", large=True))
+elif emulated_cuda.SELECTED:
+    CASES.append(Case("cuda-emulated", "cuda", large=True))
 elif torch.cuda.is_available():
-    CASES.append(Case("triton-gpu", "triton", device="cuda", large=True))
+    CASES += [Case(f"{name}-gpu", name, device="cuda", large=True) for name in ("triton", "cuda")]
 REFERENCE = CASES[0]
 
 

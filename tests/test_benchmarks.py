@@ -14,7 +14,7 @@ import torch
 from helpers import to_numpy
 
 from isobn_kernels import available_backends, functional, isobn
-from isobn_kernels.backends import cpu, triton
+from isobn_kernels.backends import cpu, cuda, triton
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -363,10 +363,11 @@ def test_tuning_needs_a_gpu(interpret):
 
 def replaced_by_stubs():
     kernels = [] if triton._MISSING else vars(triton.kernels).values()
-    return list(map(id, [*kernels, triton.INTERPRETED, functional._SMALL, cpu._C]))
+    replaced = [cuda._cuda, cuda._DEVICE_TYPE, cuda._REASON, cuda._machine_reason, cuda._stream]
+    return list(map(id, [*kernels, *replaced, triton.INTERPRETED, functional._SMALL, cpu._C]))
 
 
-@pytest.mark.parametrize("name", [name for name in ("triton", "cpu") if name not in bench_host.missing()])
+@pytest.mark.parametrize("name", [name for name in bench_host.STUBS if name not in bench_host.missing()])
 def test_stubs_launch_nothing_and_are_gone_afterwards(name):
     before = replaced_by_stubs()
     x, cov, std = torch.randn(4, 8, requires_grad=True), torch.zeros(8, 8), torch.zeros(8)
@@ -384,7 +385,7 @@ def test_host_times(tmp_path, monkeypatch, capsys):
     before = replaced_by_stubs()
     rows = bench_host.measure(rounds=2, calls=5)
     assert replaced_by_stubs() == before
-    names = {"x * scale", "argument checks", *(name for name in ("triton", "cpu") if name not in bench_host.missing())}
+    names = {"x * scale", "argument checks", *(name for name in bench_host.STUBS if name not in bench_host.missing())}
     assert {row.what for row in rows} == names
     assert {(row.shape, row.dtype) for row in rows} == {((32, 768), "float32"), ((32, 384), "bfloat16")}
     for row in rows:

@@ -29,7 +29,8 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_info_without_extras() -> None:
     process = run_python("from isobn_kernels.cli import main; sys.exit(main(['info']))", ISOBN_BACKEND="reference")
     assert process.returncode == 0, process.stderr
-    for text in ("isobn_kernels", "torch", "cpu", "reference", "threads", "isobn_kernels._C", "ISOBN_CPU_ISA"):
+    names = ("isobn_kernels._C", "isobn_kernels._cuda", "ISOBN_CPU_ISA", "ISOBN_BACKEND")
+    for text in ("isobn_kernels", "torch", "cpu", "cuda", "reference", "threads", *names):
         assert text in process.stdout
     assert 'pip install "isobn_kernels[finetune]"' in process.stdout
     assert any("ISOBN_BACKEND" in line and line.endswith("reference") for line in process.stdout.splitlines())

@@ -182,6 +182,10 @@ SCENARIOS = [
     Scenario(129, 768, fp16, (1,)),
     Scenario(2, 1000, steps=(1, 2)),
     Scenario(3, 1000, fp64, (1,)),
+    # As many rows as the CUDA kernels take, and features that they access four at a time.
+    *(Scenario(128, 65, stop_gradient=s) for s in (True, False)),
+    Scenario(127, 68, fp16, LONG),
+    Scenario(33, 100, bf16, stop_gradient=False),
     # More rows than any kernel takes at once.
     *(Scenario(N, 65) for N in (255, 256, 257)),
     Scenario(300, 64, steps=UNCLEAR_AT_2, stop_gradient=False, bias_correction=True),

@@ -1,13 +1,14 @@
-"""The Triton kernels on a GPU: full sizes, addresses beyond 32 bits, CUDA graphs, streams, many repeats.
+"""The Triton and the CUDA kernels on a GPU: full sizes, addresses beyond 32 bits, CUDA graphs, streams, many repeats.
 
-The conformance suite itself runs there too, as the case "triton-gpu" of `cases.CASES`.
+The conformance suite itself runs there too, as the cases "triton-gpu" and "cuda-gpu" of `cases.CASES`. What a backend
+does not take, as it says itself, is skipped.
 """
 
 import pytest
 import torch
 from helpers import State, batch, fresh, same_bits, warm
 
-from isobn_kernels import IsoBN, isobn
+from isobn_kernels import IsoBN, backends, isobn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,8 +17,19 @@ pytestmark = [
 NAMES = ("running_cov", "running_std", "scale")
 
 
-def step(x, state, **options):
-    return isobn(x, **state.tensors, training=True, backend="triton", **options)
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    """One GPU backend after the other."""
+    reason = backends.load(request.param).unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def step(backend):
+    """A training step on it."""
+    return lambda x, state: isobn(x, **state.tensors, training=True, backend=backend)
 
 
 def float64_step(x, state):
@@ -38,10 +50,21 @@ def random_batch(N, D, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("N", "D"),
-    [(16, 384), (16, 768), (32, 768), (64, 1024), (128, 2048), (64, 4096), (4096, 1024), (65536, 768), (64, 8192)],
+    [
+        (16, 384),
+        (16, 768),
+        (32, 768),
+        (64, 1024),
+        (128, 1100),
+        (128, 2048),
+        (64, 4096),
+        (4096, 1024),
+        (65536, 768),
+        (64, 8192),
+    ],
     ids=str,
 )
-def test_full_size(N, D, dtype):
+def test_full_size(step, N, D, dtype):
     state, x = fresh(D, device="cuda"), random_batch(N, D, dtype)
     for _ in range(2):  # the second from statistics that are not zero
         expected, exact = float64_step(x, state)
@@ -58,7 +81,7 @@ def test_full_size(N, D, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("N", "D"), [(16, 384), (32, 768), (128, 2048), (64, 4096), (4096, 1024)], ids=str)
-def test_gradient_through_statistics(N, D, dtype):
+def test_gradient_through_statistics(backend, N, D, dtype):
     """At most twice the error of the reference in float32, as in the conformance suite."""
     seen = random_batch(8192, D).double()
     # Statistics that have seen much, with R_ii a little below 1: at the clamp, where R_ii is by itself, the gradient is
@@ -77,13 +100,13 @@ def test_gradient_through_statistics(N, D, dtype):
     exact = State(*(getattr(start, name).double() for name in NAMES), start.num_batches_tracked.clone())
     want = gradient("reference", x.double(), exact)
     errors = {}
-    for backend in ("reference", "triton"):
-        difference = gradient(backend, x, start.clone()) - want
-        errors[backend] = (difference.abs().amax(0) / want.abs().amax(0)).max().item()
-    assert errors["triton"] <= 2 * errors["reference"] + 1e-6
+    for name in ("reference", backend):
+        difference = gradient(name, x, start.clone()) - want
+        errors[name] = (difference.abs().amax(0) / want.abs().amax(0)).max().item()
+    assert errors[backend] <= 2 * errors["reference"] + 1e-6
 
 
-def test_more_elements_than_32_bits_count():
+def test_more_elements_than_32_bits_count(step):
     """3 million rows of 768: the same 3,000 over and over, whose statistics are known.
 
     The tolerance: a chain of n additions of squares is off by at most n half units in the last place, 2^-24. A chunk is
@@ -105,7 +128,7 @@ def test_more_elements_than_32_bits_count():
 
 
 @pytest.mark.parametrize("shape", [(32, 768), (256, 768), (64, 4096)], ids=str)
-def test_graph_replay_equals_eager(shape):
+def test_graph_replay_equals_eager(step, shape):
     xs = [random_batch(*shape) + i for i in range(4)]
     eager, replayed = fresh(shape[1], device="cuda"), fresh(shape[1], device="cuda")
     expected = [step(x, eager) for x in xs]
@@ -128,7 +151,7 @@ def test_graph_replay_equals_eager(shape):
         assert same_bits(replayed.tensors[name], tensor), name
 
 
-def test_two_streams_at_once():
+def test_two_streams_at_once(step):
     xs = [random_batch(32, 768) + i for i in range(2)]
     alone = [fresh(768, device="cuda") for _ in xs]
     expected = []
@@ -155,7 +178,7 @@ def test_two_streams_at_once():
         assert same_bits(states[i].running_cov, alone[i].running_cov)
 
 
-def test_another_device_than_the_current_one():
+def test_another_device_than_the_current_one(step):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x = batch(32, 64, device="cuda:1")
@@ -166,7 +189,7 @@ def test_another_device_than_the_current_one():
 
 
 @pytest.mark.parametrize(("N", "D"), [(32, 768), (300, 384)], ids=str)
-def test_ten_thousand_repeats_give_the_same_bits(N, D):
+def test_ten_thousand_repeats_give_the_same_bits(step, N, D):
     x, start = random_batch(N, D), warm(D, device="cuda")
     expected = start.clone()
     out = step(x, expected)
@@ -179,8 +202,8 @@ def test_ten_thousand_repeats_give_the_same_bits(N, D):
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
-def test_a_step_does_not_wait_for_the_gpu(stop_gradient):
-    layer = IsoBN(768, backend="triton", stop_gradient=stop_gradient, device="cuda").train()
+def test_a_step_does_not_wait_for_the_gpu(backend, stop_gradient):
+    layer = IsoBN(768, backend=backend, stop_gradient=stop_gradient, device="cuda").train()
     x = random_batch(32, 768).requires_grad_()
     dout = torch.ones_like(x)
     layer(x).backward(dout)
@@ -191,10 +214,23 @@ def test_a_step_does_not_wait_for_the_gpu(stop_gradient):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_with_cuda_graphs():
-    compiled, eager = (IsoBN(64, backend="triton", device="cuda").train() for _ in range(2))
+def test_compiled_with_cuda_graphs(backend):
+    compiled, eager = (IsoBN(64, backend=backend, device="cuda").train() for _ in range(2))
     run = torch.compile(compiled, fullgraph=True, mode="reduce-overhead")
     for seed in range(5):
         x = batch(32, 64, seed, device="cuda")
         torch.testing.assert_close(run(x).clone(), eager(x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(compiled.running_cov, eager.running_cov, rtol=1e-5, atol=1e-7)
+
+
+def test_a_training_step_is_one_launch():
+    """For the CUDA kernels, wherever they serve the sizes that people train with."""
+    cuda = backends.load("cuda")
+    if reason := cuda.unavailable_reason():
+        pytest.skip(f"cuda: {reason}")
+    assert cuda.device_reason(0) is None
+    properties = torch.cuda.get_device_properties(0)
+    if properties.multi_processor_count < 128:
+        pytest.skip("needs a GPU of 128 multiprocessors, for all blocks to be there at once")
+    for D in (384, 768, 1024):
+        assert cuda._cuda.one_launch(0, D, 0)

@@ -2,7 +2,8 @@
 
 A backend is a module with the functions of `isobn_kernels.reference`: ``train_forward``, ``compute_scale``,
 ``apply_scale`` and ``train_backward``, and with ``unavailable_reason()`` and ``unsupported_reason(x)``, which say in
-words why it cannot run here or cannot take a tensor (None: it can). To add one, write the module and name it below.
+words why it cannot run here or cannot take a tensor (None: it can): the batch (N, D), or for ``compute_scale``
+``running_std`` (D,). To add one, write the module and name it below.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # Fastest first.
 _MODULES = {
+    "cuda": "isobn_kernels.backends.cuda",
     "triton": "isobn_kernels.backends.triton",
     "cpu": "isobn_kernels.backends.cpu",
     "reference": "isobn_kernels.reference",
@@ -24,8 +26,8 @@ _MODULES = {
 
 NAMES = tuple(_MODULES)
 
-# Taken only when asked for by name: tested in Triton's interpreter and compiled for GPUs, but not yet run on one.
-_BY_NAME_ONLY = ("triton",)
+# Taken only when asked for by name: tested on emulators and compiled for GPUs, but not yet run on one.
+_BY_NAME_ONLY = ("cuda", "triton")
 
 # What "auto" means to this process, where it can run; read once, at import.
 _PREFERRED = os.environ.get("ISOBN_BACKEND", "auto")

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     sections: list[tuple[str, dict[str, str]]] = [
         (f"isobn_kernels {_version()}", _environment()),
         ("backends, fastest first", _backends()),
-        ("compiled extension", _extension()),
+        ("compiled extension for CPUs", _extension()),
+        ("compiled extension for NVIDIA GPUs", _cuda_extension()),
         ("extras", _extras()),
         (
             "environment variables",
@@ -79,6 +80,20 @@ def _extension() -> dict[str, str]:
         "of this processor": ", ".join(extension.instruction_sets()),
         **extension.build_info(),
     }
+
+
+def _cuda_extension() -> dict[str, str]:
+    try:
+        extension = importlib.import_module("isobn_kernels._cuda")
+    except ImportError as error:
+        return {"isobn_kernels._cuda": f"missing ({error}); above, the cuda backend says how to get it"}
+    lines = {"isobn_kernels._cuda": str(extension.__file__), **extension.build_info()}
+    cuda = backends.load("cuda")
+    if cuda.unavailable_reason() is None:
+        for device in range(torch.cuda.device_count()):
+            reason = cuda.unsupported_reason(torch.empty(0, 1, device=f"cuda:{device}"))
+            lines[f"cuda:{device}"] = f"{torch.cuda.get_device_name(device)}: {reason or 'runs its kernels'}"
+    return lines
 
 
 def _extras() -> dict[str, str]:
