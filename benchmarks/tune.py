@@ -1,14 +1,14 @@
 """Which block sizes the Triton backend should use: measures candidates on this GPU and prints the table to paste.
 
-    python benchmarks/tune.py [--quick]
+    python -m benchmarks tune [--quick]
 
 For each row of `isobn_kernels.backends.triton.TABLE`, at shapes that the row serves, in float32 and bfloat16:
 
 1. Each candidate takes the place of the row and one training step, which is compared with the reference in float64. One
    that is wrong, does not compile or does not fit the GPU is reported, and not timed.
 2. The others are timed in interleaved rounds. A sample is the mean of enough replays of a CUDA graph of the forward
-   to fill a millisecond; small statistics are then in the L2 cache. Where no graph can be captured, events around
-   every call take its place, and the launches are in the figures. One that takes three times as long as the fastest at
+   to fill a millisecond; small statistics are then in the L2 cache. Where no graph can be captured, events before
+   and after take its place, and the launches are in the figures. One that takes three times as long as the fastest at
    one shape is not tried at the others, but for the present entry.
 3. The row goes to the smallest geometric mean over the shapes of the ratio to the fastest candidate at the shape, if
    that one is right in the backward of stop_gradient=False, too, which takes its block sizes from the same row.
@@ -17,7 +17,7 @@ For each row of `isobn_kernels.backends.triton.TABLE`, at shapes that the row se
 thing printed is the table, for isobn_kernels/backends/triton.py. It takes its time: some candidates need more than ten
 seconds to compile, for each D and dtype.
 
-Of this script only what needs no GPU has ever run: the measuring is unproven.
+Of this command only what needs no GPU has ever run: the measuring is unproven.
 
 Exit status: 0; 1 if a row was left without a candidate, and keeps its entry; 2 without a GPU.
 """
@@ -34,38 +34,23 @@ from contextlib import AbstractContextManager
 from dataclasses import astuple
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent.parent))  # for `benchmarks`; a package that is installed goes first
-from benchmarks.bench_op import (
-    BETA,
-    CLOCKS,
-    EPS,
-    MIN_SAMPLE,
-    MOMENTUM,
-    Call,
-    Shape,
-    State,
-    Step,
-    captured,
-    failure,
-    gate,
-    grid,
-    published,
-    quartiles,
-)
+from benchmarks.clocks import Call, Clock, Quartiles, captured, event_clock, quartiles, repeats, wall_clock
+from benchmarks.measure import failure
+from benchmarks.providers import BETA, EPS, MOMENTUM, Shape, State, Step, draw, gate
+from benchmarks.run import grid
 from isobn_kernels import isobn
 from isobn_kernels.backends import triton as backend
 from isobn_kernels.backends.triton import Config
 
 Row = tuple[int, int, Config]  # of backend.TABLE
 Cell = tuple[Shape, str]  # shape and dtype
-Quartiles = tuple[float, float, float]  # microseconds
+CLOCKS: dict[str, Clock] = {"wall": wall_clock, "events": event_clock, "graph": event_clock}
 
 BLOCKS, BLOCKS_N, WARPS, PRECISIONS = (32, 64, 128), (16, 32, 64), (2, 4, 8), ("ieee", "tf32x3")
 # Each belongs to the row of the table that serves it.
@@ -136,18 +121,11 @@ def one_step(x: Tensor, state: State, name: str, stop_gradient: bool = True) -> 
     )
 
 
-def draw(cell: Cell, device: str) -> tuple[Tensor, Tensor, State]:
+def example(cell: Cell, device: str) -> tuple[Tensor, Tensor, State]:
     """A batch, an upstream gradient, and a state that has seen one other batch."""
-    (N, D), dtype = cell
-    random = torch.Generator(device).manual_seed(N + D)
-    spread = torch.rand(D, device=device, generator=random) + 0.1
-    mean = torch.randn(D, device=device, generator=random)
-    batches = torch.randn(3, N, D, device=device, generator=random) * spread + mean
-    other, x, dout = batches.to(getattr(torch, dtype))
-    zeros = partial(torch.zeros, device=device)
-    state = State(zeros(D, D), zeros(D), zeros(D) + 1, zeros((), dtype=torch.int64))
-    published(other, state.cov, state.std)
-    return x.requires_grad_(), dout, state
+    shape, dtype = cell
+    batch, state = draw(shape, dtype, device)
+    return batch().requires_grad_(), batch(), state
 
 
 def in_float64(x: Tensor, dout: Tensor, start: State, stop_gradient: bool = True) -> dict[str, Tensor]:
@@ -163,8 +141,8 @@ def measure(
     cell: Cell, steps: dict[Config, Step], rounds: int, device: str, clock_name: str
 ) -> dict[Config, Quartiles | str]:
     """For each candidate its time, or what is wrong with it."""
-    x, dout, start = draw(cell, device)
-    expected, clock = in_float64(x, dout, start), CLOCKS[device][clock_name]
+    x, dout, start = example(cell, device)
+    expected, clock = in_float64(x, dout, start), CLOCKS[clock_name]
     batch, state = x.detach(), start.clone()
     found: dict[Config, Quartiles | str] = {}
     timed: list[tuple[Config, Call, int, list[float]]] = []
@@ -176,9 +154,9 @@ def measure(
                 found[config] = f"WRONG: {wrong}"
                 continue
             call = partial(step, batch, state)
-            run = captured(call) if clock_name == "graph" else call
+            run = captured([call]) if clock_name == "graph" else call
             run()
-            timed.append((config, run, min(1000, math.ceil(MIN_SAMPLE / clock(run, 1))), []))
+            timed.append((config, run, repeats(clock(run, 1)), []))
         except Exception as error:  # whatever the compiler or the driver has against it
             found[config] = failure(error)
     for i in range(rounds):
@@ -193,7 +171,7 @@ def wrong_through_statistics(index: int, config: Config, cells: list[Cell], devi
     """What is wrong with the backward of stop_gradient=False, or None."""
     step = partial(one_step, name="triton", stop_gradient=False)
     for cell in cells:
-        x, dout, start = draw(cell, device)
+        x, dout, start = example(cell, device)
         try:
             expected = in_float64(x, dout, start, stop_gradient=False)
             with instead(index, config):
@@ -208,7 +186,7 @@ def wrong_through_statistics(index: int, config: Config, cells: list[Cell], devi
 def clock_for(call: Call) -> str:
     """Replays of a CUDA graph, or where there can be none, events."""
     try:
-        captured(call)
+        captured([call])
     except Exception as error:
         print(f"no CUDA graph of a step ({failure(error)}): timed by events, launches included")
         return "events"
@@ -328,24 +306,20 @@ def missing() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     title, details = str(__doc__).split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=title, epilog=details, formatter_class=formatter)
+    parser = argparse.ArgumentParser("benchmarks tune", description=title, epilog=details, formatter_class=formatter)
     parser.add_argument("--quick", action="store_true", help="fewer candidates and rounds")
     args = parser.parse_args(argv)
     reason = missing()
     if reason:
-        print(f"tune.py needs a GPU, and changed nothing: {reason}", file=sys.stderr)
+        print(f"tune needs a GPU, and changed nothing: {reason}", file=sys.stderr)
         return 2
     versions = f"torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
     here = f"{torch.cuda.get_device_name()}, {versions}, {datetime.now(timezone.utc):%Y-%m-%d}"
-    command = "benchmarks/tune.py --quick" if args.quick else "benchmarks/tune.py"
+    command = "python -m benchmarks tune --quick" if args.quick else "python -m benchmarks tune"
     print(here)
-    x, _, state = draw(((32, 768), "float32"), "cuda")
+    x, _, state = example(((32, 768), "float32"), "cuda")
     clock_name = clock_for(partial(one_step, x.detach(), state, "triton"))
     winners = [tune(index, args.quick, clock_name) for index in range(len(backend.TABLE))]
     table = tuple((*row[:2], winner or row[2]) for row, winner in zip(backend.TABLE, winners, strict=True))
     print(f"\n{table_text(table, f'Measured by {command}: {here}.')}")
     return int(None in winners)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 # The most that a launch of each kernel may take on any target: registers of a thread, bytes of shared memory a block.
-# A quarter or so above what benchmarks/results/aot_report.txt shows; 255 registers are all there are on NVIDIA's GPUs.
+# A quarter or so above what benchmarks/results/aot.txt shows; 255 registers are all there are on NVIDIA's GPUs.
 LIMITS = {
     "update_pairs": (255, 24_576),
     "inspect_pairs": (128, 20_480),
@@ -36,11 +36,10 @@ SHAPES = [(16, 384), (16, 768), (32, 384), (32, 768), (256, 768)]
 # In a process of its own: an interpreted session compiles nothing.
 CODE = """
 import dataclasses, json, sys
-sys.path.insert(0, "benchmarks")
-import aot_report
+from benchmarks import aot
 found = []
-for function, _, _, dtype, launch in aot_report.launches(json.loads(sys.argv[2])):
-    compiled = dataclasses.asdict(aot_report.compile_launch(launch, sys.argv[1]))
+for function, _, _, dtype, launch in aot.launches(json.loads(sys.argv[2])):
+    compiled = dataclasses.asdict(aot.compile_launch(launch, sys.argv[1]))
     constants = {key: value for key, value in launch.arguments.items() if key.isupper() and key != "N"}
     shape = {"itemsize": dtype.itemsize, "warps": launch.options.get("num_warps", 4), "function": function}
     found.append(shape | compiled | constants | {"dtype": str(dtype)})
@@ -102,11 +101,11 @@ def test_no_spills_bounded_resources_wide_accesses(target):
 
 def test_number_of_launches():
     """Two for a training step up to N = 128 and D = 2048, three above one of them, four above both; two for a scale."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import aot_report
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import aot
 
     def kernels(N, D):
-        found = aot_report.record(N, D, torch.float32)
+        found = aot.record(N, D, torch.float32)
         return {function: [launch.kernel for launch in launches] for function, launches in found.items()}
 
     assert kernels(128, 2048)["train_forward"] == ["update_pairs", "finish"]
@@ -122,8 +121,7 @@ def test_number_of_launches():
 KEYS = """
 import json, sys
 import torch
-sys.path.insert(0, "benchmarks")
-import aot_report
+from benchmarks import aot
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -133,7 +131,7 @@ backend = make_backend(GPUTarget("cuda", 90, 32))
 keys = []
 for N in json.loads(sys.argv[1]):
     found = []
-    for launches in aot_report.record(N, 384, torch.bfloat16).values():
+    for launches in aot.record(N, 384, torch.bfloat16).values():
         for launch in launches:
             kernel = getattr(triton_kernels, launch.kernel)
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)

@@ -1,6 +1,6 @@
 """What a training call of `isobn` costs on the host: the Python around the kernels, in microseconds.
 
-    python benchmarks/bench_host.py [--output FILE]
+    python -m benchmarks host [--output FILE]
 
 The launches are stubbed: each kernel of the Triton backend, and each function of the C++ extensions, is replaced by one
 that returns at once. Everything before and after runs as it is, on CPU tensors, in one thread; no GPU is needed.
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -29,8 +28,10 @@ from unittest import mock
 
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))  # for `benchmarks`; a package that is installed goes first
-from benchmarks.bench_op import BETA, EPS, MOMENTUM, Call, Shape, busy_reasons, environment, grid, quartiles, wall_clock
+from benchmarks import results
+from benchmarks.clocks import Call, Quartiles, quartiles, wall_clock
+from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
+from benchmarks.run import busy_reasons, grid
 from isobn_kernels import functional, isobn
 from isobn_kernels.backends import cpu, cuda
 from isobn_kernels.backends import triton as backend
@@ -126,7 +127,7 @@ class Row:
     dtype: str
     what: str
     mode: str
-    microseconds: tuple[float, float, float]
+    microseconds: Quartiles
 
 
 def entries(shape: Shape, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Callable[[], Any], Call]]:
@@ -189,7 +190,7 @@ def time_table(rows: list[Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     title, details = str(__doc__).split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=title, epilog=details, formatter_class=formatter)
+    parser = argparse.ArgumentParser("benchmarks host", description=title, epilog=details, formatter_class=formatter)
     parser.add_argument("--output", type=Path, help="also write the table to this file, as JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -203,14 +204,10 @@ def main(argv: list[str] | None = None) -> int:
     for reason in busy:
         print(f"BUSY MACHINE, do not trust these figures: {reason}")
     if args.output:
-        result = environment(argparse.Namespace(device="cpu", dtype="of each row"))
+        result = results.environment("cpu")
         result |= {"stubbed": NOTES, "missing": missing(), "load_before": before, "load_after": after, "busy": busy}
         result |= {"rows": [asdict(row) for row in rows]}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {args.output}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, width of memory accesses.
 
-    python benchmarks/aot_report.py [--output FILE]
+    python -m benchmarks aot [--output FILE]
 
 The launches are those that the backend itself makes: its host code runs with kernels that only record their arguments,
 over one shape for each row of its table and every dtype, and each recorded launch is compiled ahead of time for every
@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -217,17 +216,19 @@ def launches(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int,
                         yield function, N, D, dtype, launch
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "benchmarks aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--output", type=Path, help="also write the table to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: unset it, the interpreter compiles nothing")
     head = f"{'launch':34} {'kernel':18} {'target':7} {'regs':>5} {'spill':>5} {'shared':>7} "
     head += f"{'ld128':>5} {'ld':>4} {'st128':>5} {'st':>4} {'instr':>6}"
     made = f"triton {importlib.metadata.version('triton')}, torch {torch.__version__}, compiled ahead of time on "
-    made += f"{date.today()}, run on no GPU; python benchmarks/aot_report.py"
+    made += f"{date.today()}, run on no GPU; python -m benchmarks aot"
     lines = [made, head]
     print(*lines, sep="\n", flush=True)
     for target in args.targets:
@@ -241,7 +242,3 @@ def main() -> int:
     if args.output:
         args.output.write_text("\n".join(lines) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
