@@ -74,16 +74,17 @@ def whole_steps(lines: list[Line]) -> list[str]:
     found = []
     for mode in sorted({line["mode"] for line in lines if line["mode"].startswith("model ")}):
         here = {line["provider"]: line for line in lines if line["mode"] == mode}
-        if "none" in here:
-            parts = [
-                f"{name} {amount(float(line['median_us']))} ({float(line['ratio']) * 100 - 100:+.1f} %)"
-                for name, line in here.items()
-                if name != "none" and line["ratio"]
-            ]
-            shape = f"{here['none']['N']} texts, D = {here['none']['D']}"
-            none = amount(float(here["none"]["median_us"]))
-            found.append(f"A whole training step, {mode.removeprefix('model ')} ({shape}): without a normaliser {none}; "
-                         f"{', '.join(parts)}.")  # fmt: skip
+        if "none" not in here:
+            continue
+        words = f"Of a training step of a whole model ({mode.removeprefix('model ')}, {here['none']['N']} texts, "
+        words += f"D = {here['none']['D']}), {amount(float(here['none']['median_us']))} without a normaliser, forward "
+        words += "and backward of a normaliser are: "
+        shares = [
+            f"{name.removesuffix(' alone')} {float(line['ratio']) * 100:.2g} %"
+            for name, line in here.items()
+            if name.endswith(" alone")
+        ]
+        found.append(f"{words}{', '.join(shares)}.")
     return found
 
 
