@@ -3,10 +3,11 @@
     python -m benchmarks compare HEAD~1 HEAD
     python -m benchmarks compare v0.1.0 HEAD --shapes 32x4096 --device cuda
 
-Builds each commit in a temporary git worktree and runs each in a process of its own. A round takes a sample of both, one
-right after the other and in turns first; the ratio is B's time over A's within a round. Processes differ by a few per
-cent though they run the same code (where their memory lies), so that the pair is started anew several times. A verdict
-is given only where the quartiles of all rounds lie on one side of 1 and the median of each pair of processes does, too.
+Builds each commit in a temporary git worktree and runs each in a process of its own. A round takes a sample of both,
+one right after the other and in turns first; the ratio is B's time over A's within a round. Processes differ by a few
+per cent though they run the same code (where their memory lies), so that the pair is started anew several times. A
+verdict is given only where the quartiles of all rounds lie on one side of 1 and the median of each pair of processes
+does, too.
 
 What is not committed is not seen. Exit status: 0; 1 if a commit does not build or gives wrong results; 2 if an argument
 is wrong.
