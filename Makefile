@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own; nothing is installed elsewhere.
 #   make demo      fine-tune a small trained encoder with and without IsoBN, on the CPU, no hub needed
 #   make test      the test suite;  make test-all  the full product of cases;  make lint  ruff and mypy
-#   make bench     the benchmark behind the README's table
+#   make bench     the benchmarks behind the README's figures; python -m benchmarks readme writes them there
 # TORCH chooses the build to install where the environment has none (the default is 2.13.0),
 # PYTHON the interpreter: make test PYTHON=python3.12 TORCH=torch==2.12.0
 
@@ -41,7 +41,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/bench_op.py --device cpu
+	$(BIN)/python -m benchmarks run --device cpu
+	$(BIN)/python -m benchmarks model
+	$(BIN)/python -m benchmarks plot
 
 # Each extra of pyproject.toml, installed once and again when the build or the C++ changes.
 $(VENV)/.%: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*) | $(BIN)/python

@@ -8,13 +8,16 @@ usage() {
 usage: benchmarks/gpu_check.sh OUTDIR
 
 Builds the extension in place, runs the tests marked gpu, the conformance suite on the GPU
-and compute-sanitizer on short steps, times the kernels on CUDA and on the CPU, and writes
-to OUTDIR, which is created:
+and compute-sanitizer on short steps, times all backends on CUDA and on the CPU and a step of
+a whole model, profiles the main kernels, and writes to OUTDIR, which is created:
 
-  summary.txt      one page: machine, commit, outcome of every stage, tables (also printed)
-  environment.txt  versions, nvidia-smi
-  build.log  gpu_tests.log  sanitizers.log
-  bench_cuda.txt  bench_cuda.json  bench_cpu.txt
+  summary.txt  one page: machine, commit, outcome of every stage, tables (also printed)
+  machine.log  versions, nvidia-smi, the build
+  tests.log    the tests and the sanitizers
+  bench.log    what the benchmarks print; among it the launches of a step
+  results.csv  their table
+  speedup_DEVICE.svg  scaling_DEVICE.svg  drawn from it; DEVICE is cuda, or cpu without a GPU
+  ncu.txt      Nsight Compute on the main kernels
 
 A stage that fails or takes too long does not stop the next one; all together end within
 nine minutes. Without a GPU, its stages say so and the others run. Nothing is downloaded.
@@ -42,13 +45,21 @@ GIT_COMMIT=$(git describe --always --dirty --abbrev=40 '--exclude=*' 2>/dev/null
 export GIT_COMMIT
 summary=$out/summary.txt
 failed=0
+total=525 # seconds for all stages
 
 say() { printf '%s\n' "$*" >>"$summary"; }
 
-# stage NAME SECONDS FILE COMMAND...: runs it with a limit, output at the end of FILE, outcome to the summary.
+# stage NAME SECONDS FILE COMMAND...: runs it with a limit, output at the end of FILE, outcome to the summary. The limit
+# is shorter where less than that is left of the whole.
 stage() {
     local name=$1 limit=$2 file=$out/$3 began=$SECONDS status outcome
     shift 3
+    [ "$limit" -le $((total - SECONDS)) ] || limit=$((total - SECONDS))
+    if [ "$limit" -lt 5 ]; then
+        say "$(printf '%-12s %s' "$name" "FAILED: no time left")"
+        failed=1
+        return 1
+    fi
     timeout --kill-after=5 "$limit" "$@" >>"$file" 2>&1
     status=$?
     case $status in
@@ -67,8 +78,21 @@ stage() {
 # last FILE LINES: the end of a log, in the summary.
 last() { tail -n "$2" "$out/$1" | cut -c 1-200 | sed 's/^/    /' >>"$summary"; }
 
-# table FILE: the first table of a benchmark, in the summary.
-table() { sed -n '/^shape /,/^$/p;/^BUSY/p;/WRONG\|failed:/p' "$out/$1" | head -n 30 >>"$summary"; }
+# tables LINES: those of the last benchmark, in the summary.
+tables() {
+    sed -n "$((benched + 1)),\$p" "$out/bench.log" | sed -n '/^\(shape\|normaliser\) /,/^$/p;/^BUSY/p;/WRONG\|failed:/p' |
+        cut -c 1-260 | head -n "$1" >>"$summary"
+}
+
+# bench NAME SECONDS LINES ARGUMENTS...: a benchmark, with so many lines of its tables in the summary.
+bench() {
+    local name=$1 limit=$2 lines=$3
+    shift 3
+    touch "$out/bench.log"
+    benched=$(wc -l <"$out/bench.log")
+    stage "$name" "$limit" bench.log "$python" -m benchmarks "$@" || last bench.log 2
+    tables "$lines"
+}
 
 # shellcheck disable=SC2329 # `stage` invokes it, in a bash of its own
 describe_machine() {
@@ -109,6 +133,10 @@ for N, D, backend in SHAPES:
 torch.cuda.synchronize()
 '
 
+# What Nsight Compute looks at: a step of each backend, and in it our kernels by name, not those of plain PyTorch.
+profiled="SHAPES = [(32, 768, \"triton\"), (32, 768, \"cuda\")]${steps#*]}"
+kernels='^(step|apply|backward_rows|update_pairs|finish|gradient|scale_rows)$'
+
 # Why no GPU stage can run, or nothing.
 missing_gpu() {
     if ! timeout 20 nvidia-smi -L >/dev/null 2>&1; then
@@ -120,45 +148,53 @@ missing_gpu() {
 
 printf '%s\n' "IsoBN kernels, commit $GIT_COMMIT, $(date -u +%Y-%m-%dT%H:%MZ)" >"$summary"
 
-stage environment 20 environment.txt bash -c describe_machine
-sed -n '/^[+]--\|^... ... /q;p' "$out/environment.txt" | head -n 14 | sed 's/^/    /' >>"$summary"
+stage environment 20 machine.log bash -c describe_machine
+sed -n '/^[+]--\|^... ... /q;p' "$out/machine.log" | head -n 14 | sed 's/^/    /' >>"$summary"
 
 # For the GPU that is here only, which is quicker.
 ISOBN_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd, -)
 export ISOBN_CUDA_ARCHS
-stage build 60 build.log "$python" setup.py build_ext --inplace || last build.log 5
+stage build 60 machine.log "$python" setup.py build_ext --inplace || last machine.log 5
 
+device=cpu
 no_gpu=$(missing_gpu)
 if [ -n "$no_gpu" ]; then
-    for name in "gpu tests" "cuda suite" "triton suite" sanitizers "bench cuda"; do say "$(printf '%-12s %s' "$name" "$no_gpu")"; done
+    for name in "gpu tests" "cuda suite" "triton suite" sanitizers "bench cuda" "model cuda" ncu; do
+        say "$(printf '%-12s %s' "$name" "$no_gpu")"
+    done
 else
-    stage "gpu tests" 120 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py
-    last gpu_tests.log 1
+    device=cuda
+    stage "gpu tests" 110 tests.log "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py
+    last tests.log 1
+    bench "bench cuda" 120 40 run --device cuda --quick --output "$out/results.csv"
     suite="tests/test_conformance.py tests/test_edge_cases.py tests/test_gradients.py tests/test_layouts.py"
     # shellcheck disable=SC2086 # a list of files
-    stage "cuda suite" 40 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider $suite -k cuda-gpu
-    last gpu_tests.log 1
+    stage "cuda suite" 40 tests.log "$python" -m pytest -q -p no:cacheprovider $suite -k cuda-gpu
+    last tests.log 1
     # Without 16-bit types: each width, dtype and stride is compiled, for some seconds.
     # shellcheck disable=SC2086
-    stage "triton suite" 90 gpu_tests.log "$python" -m pytest -q -p no:cacheprovider $suite \
+    stage "triton suite" 80 tests.log "$python" -m pytest -q -p no:cacheprovider $suite \
         -k "triton-gpu and not float16 and not bfloat16"
-    last gpu_tests.log 1
+    last tests.log 1
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck initcheck synccheck; do
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 18 sanitizers.log compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$steps"
-            last sanitizers.log 1
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 18 tests.log compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$steps"
+            last tests.log 1
         done
     else
         say "$(printf '%-12s %s' sanitizers "compute-sanitizer is missing")"
     fi
-    stage "bench cuda" 80 bench_cuda.txt "$python" benchmarks/bench_op.py --device cuda --seconds 2 \
-        --shapes 32x768 32x4096 64x4096 4096x1024 --compile-shapes 32x768 --output "$out/bench_cuda.json" || last bench_cuda.txt 2
-    table bench_cuda.txt
+    if command -v ncu >/dev/null; then
+        stage ncu 40 ncu.txt ncu --section SpeedOfLight --section LaunchStats --section Occupancy --launch-count 20 \
+            --kernel-name "regex:$kernels" "$python" -c "$profiled"
+    else
+        say "$(printf '%-12s %s' ncu "ncu is missing")"
+    fi
+    bench "model cuda" 40 8 model --device cuda --seconds 10 --output "$out/results.csv"
 fi
 
-stage "bench cpu" 30 bench_cpu.txt "$python" benchmarks/bench_op.py --device cpu --seconds 2 \
-    --shapes 32x384 32x768 --compile-shapes || last bench_cpu.txt 2
-table bench_cpu.txt
+bench "bench cpu" 40 25 run --device cpu --shapes 32x384 32x768 --compile-shapes --seconds 2 --output "$out/results.csv"
+stage plot 25 bench.log "$python" -m benchmarks plot --table "$out/results.csv" --device "$device" || last bench.log 2
 
 cat "$summary"
 exit "$failed"

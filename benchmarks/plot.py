@@ -1,6 +1,6 @@
 """Draws the table of results: speed-ups as bars, and time against N and against D with the floor in it.
 
-    python -m benchmarks plot [--table FILE] [--output DIR]
+    python -m benchmarks plot [--table FILE] [--output DIR] [--device cpu]
 
 Writes speedup_DEVICE.svg and scaling_DEVICE.svg, one pair for each device in the table, beside it: of forward and
 backward in float32, with the most threads measured, by the wall clock. Ratios are medians over rounds, not ratios of
@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("benchmarks plot", description=title, epilog=details, formatter_class=formatter)
     parser.add_argument("--table", type=Path, default=results.TABLE)
     parser.add_argument("--output", type=Path, help="folder; default: that of the table")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: both, where the table has both")
     args = parser.parse_args(argv)
     try:
         import matplotlib
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = results.read(args.table)
     figures: dict[str, Callable[[list[Line], Path], None]] = {"speedup": draw_speedups, "scaling": draw_scaling}
     drawn = 0
-    for device in ("cpu", "cuda"):
+    for device in (args.device,) if args.device else ("cpu", "cuda"):
         here = with_most_threads([line for line in main_lines(lines, device) if line["mode"] == MODE])
         for name, draw in figures.items() if here else ():
             draw(here, output / f"{name}_{device}.svg")

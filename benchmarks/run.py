@@ -38,7 +38,7 @@ CPU_SHAPES = [(N, D) for D in (384, 768, 1024, 2048, 4096) for N in (8, 16, 32, 
 CUDA_SHAPES = [(N, D) for D in (384, 768, 1024, 2048, 4096, 8192) for N in (8, 16, 32, 64, 256, 4096, 65536)]
 QUICK_SHAPES = {
     "cpu": [(32, 384), (8, 768), (32, 768), (256, 768), (32, 1024), (32, 2048)],
-    "cuda": [(32, 384), (8, 768), (32, 768), (256, 768), (64, 4096), (4096, 1024), (65536, 1024)],
+    "cuda": [(32, 768), (64, 4096), (4096, 1024), (32, 384), (8, 768), (256, 768), (32, 4096), (65536, 1024)],
 }
 COMPILE_SHAPES = [(32, 384), (32, 768), (32, 4096)]
 ONE_THREAD_ROWS = 32  # batches of this size are also timed on one thread
@@ -223,7 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     for i, (shape, threads) in enumerate(todo, 1):
         print("[{}/{}] {}x{}, threads: {}".format(i, len(todo), *shape, threads), file=sys.stderr, flush=True)
         here = [name for name in names if name not in COMPILED or shape in args.compile_shapes]
-        rows += measure(shape, args.dtype, args.device, threads, here, base, args.rounds, args.seconds)
+        found = measure(shape, args.dtype, args.device, threads, here, base, args.rounds, args.seconds)
+        if args.output:  # at once, for a run that is cut short; again at the end, with the load
+            results.upsert(args.output, table_lines(found, base, common))
+        rows += found
     after = os.getloadavg()[0]
     busy = busy_reasons(before, after, max(threads for _, threads in todo), rows, base)
     common |= {"load_before": before, "load_after": after, "busy": "; ".join(busy)}

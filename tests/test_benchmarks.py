@@ -162,11 +162,13 @@ def test_the_event_clock_returns_seconds_per_call(monkeypatch):
     assert now == 12.0
 
 
-def test_counts_of_a_call():
+def test_counts_of_a_call(monkeypatch):
+    # Filling fresh memory with NaN, as tests do, would count.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     a = torch.ones(64, 64)
-    found = clocks.counts(lambda: (a + a).mul_(2), "cpu")
+    found = clocks.counts(lambda: (a + a).mul_(a), "cpu")
     assert found == clocks.Counts(operations=2, allocations=1, peak_bytes=64 * 64 * 4, largest_bytes=64 * 64 * 4)
-    assert clocks.counts(lambda: a.mul_(1), "cpu") == clocks.Counts(1, 0, 0, 0)
+    assert clocks.counts(lambda: a.mul_(a), "cpu") == clocks.Counts(1, 0, 0, 0)
 
 
 PAGES = """
@@ -330,7 +332,7 @@ def test_commands(capsys):
     told = capsys.readouterr().out
     assert main.main(["fly"]) == 2
     for command in main.COMMANDS:
-        assert f"  {command} " in told
+        assert f"\n{command} " in told
         assert (ROOT / "benchmarks" / f"{command}.py").exists()
         with pytest.raises(SystemExit, match="0"):
             main.main([command, "--help"])
@@ -688,6 +690,6 @@ def test_host_times(tmp_path, monkeypatch, capsys):
     assert printed.startswith("Launches are stubbed")
     assert "Triton's own launcher" in printed
     result = json.loads((tmp_path / "deep" / "host.json").read_text())
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["torch"] == torch.__version__
     assert result["date"]
     assert len(result["rows"]) == len(rows)
