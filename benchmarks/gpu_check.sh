@@ -151,8 +151,9 @@ printf '%s\n' "IsoBN kernels, commit $GIT_COMMIT, $(date -u +%Y-%m-%dT%H:%MZ)" >
 stage environment 20 machine.log bash -c describe_machine
 sed -n '/^[+]--\|^... ... /q;p' "$out/machine.log" | head -n 14 | sed 's/^/    /' >>"$summary"
 
-# For the GPU that is here only, which is quicker.
-ISOBN_CUDA_ARCHS=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd, -)
+# For the GPU that is here only, which is quicker; without one, for one all the same.
+found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -nu | paste -sd, -)
+ISOBN_CUDA_ARCHS=${found:-${ISOBN_CUDA_ARCHS:-90}}
 export ISOBN_CUDA_ARCHS
 stage build 60 machine.log "$python" setup.py build_ext --inplace || last machine.log 5
 
