@@ -66,8 +66,8 @@ def event_clock(call: Call, times: int) -> float:
     return before.elapsed_time(after) / 1e3 / times
 
 
-def captured(calls: list[Call], stream: Any = None) -> Call:
-    """The replay of ``calls``, one after the other, as a CUDA graph."""
+def captured(calls: list[Call], stream: Any = None, pool: Any = None) -> Call:
+    """The replay of ``calls``, one after the other, as a CUDA graph with its memory from ``pool``."""
     side = stream or torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -76,7 +76,7 @@ def captured(calls: list[Call], stream: Any = None) -> Call:
                 call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         for call in calls:
             call()
     return graph.replay
@@ -107,7 +107,8 @@ def settle_allocator() -> None:
     A new process takes each block above 128 KiB from the system and gives it back when freed, and a step that makes
     D x D temporaries then faults every page of them in again: several times slower in eager PyTorch. When such a block
     is freed, glibc raises the threshold to its size, up to 32 MiB, and from then on keeps smaller ones. We free one of
-    32 MiB, so that eager PyTorch is measured at its best, and report page faults. D = 2896 is the last that fits.
+    almost that, so that eager PyTorch is measured at its best after some ten calls, and report page faults. At D above
+    2880 a temporary does not fit.
     """
     torch.ones((_MMAP_THRESHOLD_MAX - (64 << 10)) // 4)
 

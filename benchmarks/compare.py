@@ -60,7 +60,7 @@ def serve(device: str, dtype: str, threads: str, backend: str) -> None:
 
     import isobn_kernels
     from benchmarks.clocks import synchronized_clock, wall_clock
-    from benchmarks.measure import calls_of, failure
+    from benchmarks.measure import call_of, failure
     from benchmarks.providers import BACKENDS, base_of, draw, exact, gate, usable
 
     torch.set_num_threads(int(threads))
@@ -82,7 +82,7 @@ def serve(device: str, dtype: str, threads: str, backend: str) -> None:
                 x, dout = batch().requires_grad_(), batch()
                 provider = BACKENDS[name](x)
                 answer = gate(provider.train, x, dout, start, exact(x, dout, start), provider.evaluate)
-                calls = calls_of(provider, x, dout, start)
+                calls = {mode: call_of(mode, provider, x, dout, start) for mode in MODES}
                 for mode in MODES:
                     clock(calls[mode], 1)
                     times[mode] = repeats(clock(calls[mode], 1))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,18 +80,18 @@ def failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def calls_of(provider: Provider, x: Tensor, dout: Tensor, start: State) -> dict[str, Call]:
-    """A call for each mode. Statistics live on from call to call, as in training; x requires grad, as in training."""
-    state, other = start.clone(), start.clone()
-    for each in (state, other):
-        provider.prepare(each)
-    out, batch, evaluate = provider.train(x, other), x.detach(), provider.evaluate
-    found: dict[str, Call] = {"forward": lambda: provider.train(x, state)}
-    if evaluate:
-        found["evaluation"] = lambda: evaluate(batch, state)
-    found["backward"] = lambda: torch.autograd.grad(out, x, dout, retain_graph=True)
-    found["forward+backward"] = lambda: torch.autograd.grad(provider.train(x, state), x, dout)
-    return found
+def call_of(mode: str, provider: Provider, x: Tensor, dout: Tensor, start: State) -> Call:
+    """A call of the mode. Its statistics live on from call to call, as in training; x requires grad, as in training."""
+    state, batch = start.clone(), x.detach()
+    provider.prepare(state)
+    if mode == "forward":
+        return lambda: provider.train(x, state)
+    if mode == "evaluation":
+        return lambda: provider.evaluate(batch, state)
+    if mode == "forward+backward":
+        return lambda: torch.autograd.grad(provider.train(x, state), x, dout)
+    out = provider.train(x, state)
+    return lambda: torch.autograd.grad(out, x, dout, retain_graph=True)
 
 
 # ---- Which clock runs what ----
@@ -99,23 +100,23 @@ def calls_of(provider: Provider, x: Tensor, dout: Tensor, start: State) -> dict[
 def clones_for(shape: Shape, itemsize: int, cache_bytes: int) -> int:
     """How many copies of batches and state are three times the cache."""
     N, D = shape
-    return max(2, min(MAX_CLONES, math.ceil(3 * cache_bytes / (4 * D * D + 3 * N * D * itemsize))))
+    return min(MAX_CLONES, math.ceil(3 * cache_bytes / (4 * D * D + 3 * N * D * itemsize)))
 
 
-def clocks_on_cuda(name: str, mode: str, make: Callable[[], dict[str, Call]], clones: int) -> dict[str, Callable]:
-    """For each clock what makes the thing to run: (clock, run, calls in it)."""
+def clocks_on_cuda(name: str, call: Call, make: Callable[[int], Call], clones: int, pool: Any) -> dict[str, Callable]:
+    """For each clock what makes the thing to run: (clock, run, calls in it). ``make(i)`` gives a call on copy i."""
     side = torch.cuda.Stream()
 
     def on_side(copies: int, repeat: int) -> tuple[Clock, Call, int]:
         # The backward of a graph runs on the stream that recorded it, which has to be the one that is captured.
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            calls = [make()[mode] for _ in range(copies)] * repeat
-        return event_clock, captured(calls, side), len(calls)
+            calls = [make(i) for i in range(copies)] * repeat
+        return event_clock, captured(calls, side, pool), len(calls)
 
     found: dict[str, Callable] = {
-        "wall": lambda: (synchronized_clock, make()[mode], 1),
-        "host": lambda: (enqueue_clock, make()[mode], 1),
+        "wall": lambda: (synchronized_clock, call, 1),
+        "host": lambda: (enqueue_clock, call, 1),
     }
     if name not in COMPILED or name == "compiled":  # the others are CUDA graphs already
         found["cold"] = lambda: on_side(clones, 1)
@@ -127,7 +128,7 @@ def clocks_on_cuda(name: str, mode: str, make: Callable[[], dict[str, Call]], cl
 
 
 def prepared(
-    name: str, base: str, x: Tensor, dout: Tensor, start: State, expected: dict[str, Tensor], threads: int
+    name: str, base: str, x: Tensor, dout: Tensor, start: State, expected: dict[str, Tensor], threads: int, pool: Any
 ) -> tuple[list[Row], list[Timed]]:
     """The gate, and everything of a provider that is timed at a shape. What fails is a row that says so."""
     device, dtype = x.device.type, str(x.dtype).removeprefix("torch.")
@@ -138,27 +139,30 @@ def prepared(
         wrong = None if name in UNGATED else gate(provider.train, x, dout, start, expected, provider.evaluate)
         if wrong:
             return [replace(row, status=f"WRONG: {wrong}")], []
-        calls = calls_of(provider, x, dout, start)
+        # The same expression for every backend: timed for one.
+        modes = [mode for mode in MODES if mode != "evaluation" or name == base or name not in BACKENDS]
+        calls = {mode: call_of(mode, provider, x, dout, start) for mode in modes}
     except Exception as error:
         return [replace(row, status=failure(error))], []
 
-    def fresh() -> dict[str, Call]:
-        return calls_of(provider, x.detach().clone().requires_grad_(), dout.clone(), start)
-
     rows, timed = [], []
     for mode, call in calls.items():
-        if mode == "evaluation" and name in BACKENDS and name != base:
-            continue  # the same expression for every backend
         if device == "cuda":
             cache = getattr(torch.cuda.get_device_properties(x.device), "L2_cache_size", 64 << 20)
-            clocks = clocks_on_cuda(name, mode, fresh, clones_for((N, D), x.element_size(), cache))
+
+            def make(i: int, mode: str = mode) -> Call:
+                if i == 0:
+                    return call_of(mode, provider, x, dout, start)
+                return call_of(mode, provider, x.detach().clone().requires_grad_(), dout.clone(), start)
+
+            clocks = clocks_on_cuda(name, call, make, clones_for((N, D), x.element_size(), cache), pool)
         else:
             clocks = {"wall": lambda call=call: (wall_clock, call, 1)}
-        for clock_name, make in clocks.items():
+        for clock_name, start_clock in clocks.items():
             row = Row((N, D), dtype, threads, mode, clock_name, name)
             rows.append(row)
             try:
-                clock, run, size = make()
+                clock, run, size = start_clock()
                 clock(run, 1)  # warms up
                 times = repeats(clock(run, 1))
                 times = min(times, 20) if clock_name == "host" else times  # a full queue would block the host
@@ -178,10 +182,14 @@ def measure(
     batch, start = draw(shape, dtype, device)
     x, dout = batch().requires_grad_(), batch()
     expected = exact(x, dout, start)
+    # One pool for all graphs, as none runs beside another and nothing reads what they leave behind.
+    pool = torch.cuda.graph_pool_handle() if device == "cuda" else None
+    if any(name in COMPILED for name in names):
+        torch.compiler.reset()  # compiled code has the shape and the number of threads built in
     rows: list[Row] = []
     timed: list[Timed] = []
     for name in names:
-        more = prepared(name, base, x, dout, start, expected, threads)
+        more = prepared(name, base, x, dout, start, expected, threads, pool)
         rows += more[0]
         timed += more[1]
     del expected

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ class Provider:
     """Functions of a batch and a state, which return the output; ``train`` also updates the state in place."""
 
     train: Step
-    evaluate: Step | None  # None: it has no evaluation of its own
+    evaluate: Step
     prepare: Callable[[State], None] = lambda state: None  # sees each state before its first step
 
 
@@ -111,8 +112,9 @@ def lean_provider(x: Tensor) -> Provider:
 
 
 def compiled_provider(mode: str, x: Tensor) -> Provider:
-    torch.compiler.reset()  # compiled code has the shape and the number of threads built in
     torch._functorch.config.donated_buffer = False  # it rules retain_graph out, which timing the backward alone needs
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")  # its own affair
 
     def prepare(state: State) -> None:
         for tensor in state:  # a tensor that is written keeps reduce-overhead from making CUDA graphs, unless it is

@@ -178,7 +178,7 @@ from benchmarks import clocks
 if sys.argv[1] == "settled":
     clocks.settle_allocator()
 call = lambda: torch.ones(1 << 21)
-clocks.page_faults(call, 5)
+clocks.page_faults(call, 30)
 print(clocks.page_faults(call, 5))
 """
 
@@ -193,7 +193,7 @@ def test_clones_exceed_the_cache():
     for shape in ((32, 768), (8, 384), (64, 4096)):
         number = measure.clones_for(shape, 4, 50 << 20)
         held = number * (4 * shape[1] ** 2 + 3 * 4 * shape[0] * shape[1])
-        assert 2 <= number <= measure.MAX_CLONES
+        assert 1 <= number <= measure.MAX_CLONES
         assert held >= 3 * (50 << 20) or number == measure.MAX_CLONES
 
 
@@ -205,7 +205,7 @@ def test_wrong_and_failing_providers_are_reported_and_not_timed(monkeypatch, thr
         raise RuntimeError("no such device\nand more")
 
     threads(1)
-    wrong = providers.Provider(wrong_step("cov"), None)
+    wrong = providers.Provider(wrong_step("cov"), providers.scaled)
     monkeypatch.setitem(providers.PROVIDERS, "wrong", lambda x: wrong)
     monkeypatch.setitem(providers.PROVIDERS, "failing", failing)
     names = ["published", "batch_norm", "wrong", "failing", "reference"]
@@ -235,7 +235,7 @@ def test_evaluation_is_timed_for_one_backend_only():
     x, dout, start = example(4, 8)
     expected = providers.exact(x, dout, start)
     for base, modes in (("reference", 4), ("cpu", 3)):
-        rows, timed = measure.prepared("reference", base, x, dout, start, expected, 1)
+        rows, timed = measure.prepared("reference", base, x, dout, start, expected, 1, None)
         assert len(rows) == len(timed) == modes
 
 
