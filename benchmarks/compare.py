@@ -218,9 +218,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--threads, --pairs and --rounds must be at least 1")
     before = os.getloadavg()[0]
     try:
-        with built(args.a, args.device) as tree_a, built(args.b, args.device) as tree_b:
+        # At once: a branch may move while this runs.
+        hashes = [git("rev-parse", "--short", "--verify", f"{name}^{{commit}}") for name in (args.a, args.b)]
+        with built(hashes[0], args.device) as tree_a, built(hashes[1], args.device) as tree_b:
             backend, found = measure((tree_a, tree_b), args)
-            hashes = [git("rev-parse", "--short", commit) for commit in (args.a, args.b)]
     except Broken as error:
         print(error, file=sys.stderr)
         return 1
