@@ -92,10 +92,13 @@ def draw_scaling(lines: list[Line], path: Path) -> None:
         if floors and floors[0][1]:
             axes.plot(*zip(*floors, strict=True), "k:", label="floor")
         axes.set(xscale="log", yscale="log", xlabel="N" if varies == 0 else "D")
+        sizes = sorted({shape_of(line)[varies] for line in of})
+        axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
+        axes.minorticks_off()
         axes.set_title(f"D = {AT_D}" if varies == 0 else f"N = {AT_N}")
         axes.grid(alpha=0.3)
     pair[0].set_ylabel("microseconds, quartiles shaded")
-    pair[1].legend()
+    pair[1].legend(loc="upper left", fontsize="small")
     figure.suptitle(f"forward + backward on {lines[0]['machine']}")
     save(figure, path)
 
