@@ -35,7 +35,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mprefer-vector-width=512",
     ]
 
-# The GPUs that there is machine code for, as far as nvcc knows them; newer ones take the PTX of the last.
+# The GPUs that there is machine code for, as far as nvcc knows them; others take the PTX of the first or the last.
 CUDA_ARCHS = [80, 86, 89, 90, 100, 120]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
@@ -59,10 +59,11 @@ def cuda_metadata(nvcc, archs):
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         commit = subprocess.run(describe, check=False, capture_output=True, text=True).stdout.strip() or commit
     seconds = os.environ.get("SOURCE_DATE_EPOCH")
+    ptx = " and ".join(f"compute_{arch}" for arch in sorted({archs[0], archs[-1]}))
     day = datetime.datetime.fromtimestamp(float(seconds or time.time()), datetime.timezone.utc)
     values = {
         "NVCC": re.search(r"release .*V([\d.]+)", version).group(1),
-        "TARGETS": ", ".join(f"sm_{arch}" for arch in archs) + f" and PTX of compute_{archs[-1]}",
+        "TARGETS": ", ".join(f"sm_{arch}" for arch in archs) + f" and PTX of {ptx}",
         "BUILT": day.strftime("%Y-%m-%d"),
         "COMMIT": commit,
     }
@@ -104,7 +105,7 @@ class BuildExtensions(build_ext):
         kernels.parent.mkdir(parents=True, exist_ok=True)
         if self.force or newer_group(["csrc/cuda/cuda.cu", *ext.depends], kernels):
             targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-            targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted({archs[0], archs[-1]})]
             self.spawn([nvcc, *NVCC_FLAGS, *targets, "-c", "csrc/cuda/cuda.cu", "-o", str(kernels)])
         bindings = self.compiler.compile(
             ext.sources,

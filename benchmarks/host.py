@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +97,6 @@ def stubbed_cuda() -> Iterator[None]:
     with (
         mock.patch.multiple(cuda, _cuda=stub, _DEVICE_TYPE="cpu", _REASON=None),
         mock.patch.multiple(cuda, _machine_reason=nothing, device_reason=nothing, _stream=lambda device: 0),
-        mock.patch.object(cuda, "_workspace_bytes", cache(stub.workspace_bytes)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
     ):
         yield

@@ -89,8 +89,7 @@ def install(path):
     cuda._REASON, cuda._DEVICE_TYPE = None, "cpu"
     cuda._machine_reason = lambda: None
     cuda._stream = lambda device: 0
-    cuda._workspace_bytes.cache_clear()
-    cuda.device_reason.cache_clear()
+    cuda._tried.clear()
     return emulator
 
 

@@ -43,7 +43,7 @@ def run(cuda, x, dout, dtype, bias_correction, device):
     out, dx, scaled = (np.empty((N, D), x.dtype) for _ in range(3))
     state = [C.ctypes.data, sigma.ctypes.data, count.ctypes.data]
     numbers = [MOMENTUM, EPS, BETA, bias_correction, device, stream]
-    work = [np.full(cuda.workspace_bytes(f, dtype, D, device), 255, np.uint8) for f in range(3)]
+    work = [np.full(cuda.workspace_bytes(f, D), 255, np.uint8) for f in range(3)]
     there = [x.ctypes.data, dtype, *strides(x), N, D]
     for _ in range(2):
         cuda.train_forward(

@@ -107,6 +107,16 @@ def test_two_launches_equal_one(tmp_path, shape, order):
             assert_same(steps(*shape), expected)
 
 
+def test_a_part_of_the_device_that_is_too_small_for_one_launch(tmp_path):
+    """Found out only when launching, as in a green context."""
+    expected = steps(17, 65, torch.float32)
+    with emulated_cuda.another_device(tmp_path) as emulator:
+        assert_same(steps(17, 65, torch.float32), expected)
+        emulator.isobn_emulation_device(1, True, 1, 232448, 48 << 10)
+        assert backends.load("cuda")._cuda.one_launch(0, 65, -1)  # as was planned
+        assert_same(steps(17, 65, torch.float32), expected)
+
+
 @pytest.mark.parametrize(("processors", "groups"), [(16, 3), (3, 16), (8, 6)])
 def test_more_rows_for_a_block_on_a_smaller_gpu(tmp_path, processors, groups):
     """Equal to the bit in all but the scale, whose two sums are added up in other parts."""
@@ -178,7 +188,7 @@ def test_an_error_of_cuda_is_named_and_the_state_stays(training):
     tensors = state.tensors if training else {name: state.tensors[name] for name in ("running_cov", "running_std")}
     emulated_cuda.EMULATOR.isobn_emulation_fail_after(0)
     try:
-        with pytest.raises(RuntimeError, match=r"cudaLaunch\w+\(.* failed: cudaErrorInvalidValue: invalid argument"):
+        with pytest.raises(RuntimeError, match=r"cudaLaunch\w+.* failed: cudaErrorInvalidValue: invalid argument"):
             isobn(batch(17, 65), **tensors, training=training, backend="cuda")
     finally:
         emulated_cuda.EMULATOR.isobn_emulation_fail_after(-1)
@@ -207,15 +217,30 @@ def test_a_device_that_runs_no_kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     emulated_cuda.EMULATOR.isobn_emulation_fail_after(0)
-    cuda.device_reason.cache_clear()
+    cuda._tried.clear()
     try:
         reason = cuda.unsupported_reason(batch(2, 3))
     finally:
         emulated_cuda.EMULATOR.isobn_emulation_fail_after(-1)
-        cuda.device_reason.cache_clear()
+        cuda._tried.clear()
     for word in ("an old GPU of sm_75", "this build has code for", "cudaErrorInvalidValue"):
         assert word in reason
     assert cuda.unsupported_reason(batch(2, 3)) is None
+
+
+def test_only_the_gpu_of_the_tensor_is_tried_out(monkeypatch):
+    """A launch makes a context there, which the other processes of a machine with several GPUs need the memory of."""
+    cuda, tried = backends.load("cuda"), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(cuda, "device_reason", tried.append)
+    assert cuda.unavailable_reason() is None
+    assert tried == []
+    backends.select("cuda", batch(2, 3))
+    assert tried == [-1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cuda.unavailable_reason() is None
+    assert tried == [-1, 0]
 
 
 # ---- Sanitizers ----

@@ -39,9 +39,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The CUDA backend of isobn_kernels; private.";
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
-  module.def("workspace_bytes", [](int function, int dtype, int64_t D, int device) {
-    return workspace_bytes(Function(function), DType(dtype), D, device);
-  });
+  module.def("workspace_bytes", [](int function, int64_t D) { return workspace_bytes(Function(function), D); });
 
   module.def(
       "train_forward",
@@ -87,7 +85,8 @@ PYBIND11_MODULE(_cuda, module) {
       },
       nogil);
 
-  module.def("one_launch", [](int dtype, int64_t D, int device) { return one_launch(DType(dtype), D, device); });
+  module.def(
+      "one_launch", [](int dtype, int64_t D, int device) { return one_launch(DType(dtype), D, device); }, nogil);
   module.def("probe", &probe, "What fails when an empty kernel is run on a device, or an empty string.", nogil);
   module.def("driver_version", &driver_version);
   module.def("runtime_version", &runtime_version);

@@ -39,6 +39,18 @@ class Current {
   int device_, before_ = 0;
 };
 
+// Inside, this thread may load kernels whatever is being captured: neither has anything to do with the other.
+class Relaxed {
+ public:
+  Relaxed() { CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   CHECK(cudaDeviceGetAttribute(&value, which, device));
@@ -69,17 +81,17 @@ struct Plan {
   size_t shared;
 };
 
-size_t step_shared(const Plan& plan, int64_t D) {
-  return sizeof(StepShared) + (plan.whole ? kept_floats(plan.groups, D) * sizeof(float) : 0);
-}
-
 // Without permission a launch may ask for 48 KiB; with it, for 99 KiB or more on every GPU from sm_80 on.
 static_assert(sizeof(GradientShared) <= 48 << 10 && sizeof(StepShared) <= 48 << 10);
 static_assert(sizeof(StepShared) + kRows * (2 + kMaxFeatures) * sizeof(float) <= 99 << 10);
 
+int step_threads(int64_t D) { return int(blocks_of(D, kColumns * kWarp)) * kWarp; }
+
+Plan two_launches(int64_t D) { return {false, 1, int(blocks_of(D, kRows)), step_threads(D), sizeof(StepShared)}; }
+
 Plan make_plan(StepKernel kernel, int64_t D, int device) {
   Plan plan{};
-  plan.threads = int(blocks_of(D, kColumns * kWarp)) * kWarp;
+  plan.threads = step_threads(D);
   const int most_shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   plan.whole = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
   if (plan.whole) {
@@ -89,18 +101,14 @@ Plan make_plan(StepKernel kernel, int64_t D, int device) {
     // As few rows a block as let all blocks be there at once: the launch takes as long as one of them.
     for (plan.groups = 1;; ++plan.groups) {
       plan.blocks = int(blocks_of(D, kRows * plan.groups));
-      plan.shared = step_shared(plan, D);
+      plan.shared = sizeof(StepShared) + kept_floats(plan.groups, D) * sizeof(float);
       if (plan.shared > size_t(most_shared)) break;
       int per_processor = 0;
       CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, plan.threads, plan.shared));
       if (int64_t(per_processor) * processors >= plan.blocks) return plan;
     }
   }
-  plan.whole = false;
-  plan.groups = 1;
-  plan.blocks = int(blocks_of(D, kRows));
-  plan.shared = step_shared(plan, D);
-  return plan;
+  return two_launches(D);
 }
 
 // Asked of the device once, and then remembered.
@@ -112,6 +120,7 @@ Plan plan_for(StepKernel kernel, int64_t D, int device) {
   auto found = plans.find(key);
   if (found == plans.end()) {
     const Current current(device);
+    const Relaxed relaxed;
     found = plans.emplace(key, make_plan(kernel, D, device)).first;
   }
   return found->second;
@@ -124,18 +133,21 @@ void launch(void (*kernel)(const Params), dim3 grid, int threads, size_t shared,
 }
 
 void run_step(StepKernel kernel, Step step, int64_t D, const Where& on, void* workspace) {
-  const Plan plan = plan_for(kernel, D, on.device);
+  Plan plan = plan_for(kernel, D, on.device);
   const Current current(on.device);
-  step.groups = plan.groups;
   step.energies = static_cast<double*>(workspace);
-  step.kept = reinterpret_cast<float*>(step.energies + 2 * plan.blocks);
   if (plan.whole) {
     step.phase = Phase::whole;
+    step.groups = plan.groups;
     void* arguments[] = {&step};
-    CHECK(cudaLaunchCooperativeKernel(kernel, dim3(plan.blocks), dim3(plan.threads), arguments, plan.shared,
-                                      static_cast<cudaStream_t>(on.stream)));
-    return;
+    const cudaError_t error = cudaLaunchCooperativeKernel(kernel, dim3(plan.blocks), dim3(plan.threads), arguments,
+                                                          plan.shared, static_cast<cudaStream_t>(on.stream));
+    if (error != cudaErrorCooperativeLaunchTooLarge) return check(error, "cudaLaunchCooperativeKernel");
+    cudaGetLastError();
+    plan = two_launches(D);  // the stream has a part of the device, as in a green context
   }
+  step.groups = plan.groups;
+  step.kept = reinterpret_cast<float*>(step.energies + 2 * plan.blocks);
   for (Phase phase : {Phase::before_barrier, Phase::after_barrier}) {
     step.phase = phase;
     launch(kernel, dim3(plan.blocks), plan.threads, plan.shared, step, on);
@@ -189,15 +201,12 @@ void backward_as(const Gradient& params, const Where& on) {
 
 }  // namespace
 
-size_t workspace_bytes(Function function, DType dtype, int64_t D, int device) {
+size_t workspace_bytes(Function function, int64_t D) {
   const size_t blocks = size_t(blocks_of(D, kRows));
   if (function == Function::train_backward)
     return 3 * blocks * sizeof(double) + size_t(gradient_vectors() * D) * sizeof(float);
-  size_t bytes = 2 * blocks * sizeof(double);
-  for (bool wide : {false, true})
-    if (!plan_for(step_kernel(function, dtype, wide), D, device).whole)
-      return bytes + blocks * kept_floats(1, D) * sizeof(float);
-  return bytes;
+  // The rows that two launches leave to each other included: that one is not possible may show only when launching.
+  return 2 * blocks * sizeof(double) + blocks * kept_floats(1, D) * sizeof(float);
 }
 
 void train_forward(const Strided& x, int64_t N, int64_t D, const State& state, float* scale, float* saved_scale,
@@ -285,11 +294,9 @@ int runtime_version() {
 }
 
 std::string probe(int device) {
-  // Whether or not another stream is being captured: this one has nothing to do with it.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   try {
     const Current current(device);
-    CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+    const Relaxed relaxed;
     cudaStream_t stream = nullptr;
     std::string failure;
     try {
@@ -300,7 +307,6 @@ std::string probe(int device) {
       failure = error.what();
     }
     if (stream != nullptr) cudaStreamDestroy(stream);
-    cudaThreadExchangeStreamCaptureMode(&mode);
     return failure;
   } catch (const std::runtime_error& error) {
     return error.what();

@@ -42,7 +42,7 @@ struct Where {
 
 enum class Function : int { train_forward = 0, compute_scale = 1, train_backward = 2 };
 
-size_t workspace_bytes(Function function, DType dtype, int64_t D, int device);
+size_t workspace_bytes(Function function, int64_t D);
 
 // 2 <= N <= kMaxRows. Updates the state and `scale`; writes `saved_scale` (D,) and `out`, contiguous (N, D).
 void train_forward(const Strided& x, int64_t N, int64_t D, const State& state, float* scale, float* saved_scale,

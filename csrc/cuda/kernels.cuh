@@ -249,7 +249,7 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
 #pragma unroll
       for (int v = 0; v < kColumns; ++v) {
         // Not where the sum of squares overflows, either: no product of two columns is then larger than float32 holds.
-        seen[v] = squares[v] < 0.99f * Limits<float>::max;
+        seen[v] = squares[v] < 0.9999f * Limits<float>::max;
         if (seen[v] && group == 0)  // (4)
           sigma[v] = ::fmaf(p.m, ::sqrtf(squares[v] / float(N)), p.keep * sigma[v]);
       }
@@ -488,7 +488,7 @@ __global__ void __launch_bounds__(kGradientThreads) backward_rows(const Gradient
     }
     deviations = warp_sum(deviations);
     if (lane == 0) {
-      const bool seen = deviations < 0.99f * Limits<float>::max;
+      const bool seen = deviations < 0.9999f * Limits<float>::max;
       p.mean[i] = mean;
       p.s[i] = seen ? ::sqrtf(deviations / float(p.N)) : -1.0f;  // a negative one marks a feature that was skipped
       p.gamma[i] = gamma;

@@ -56,6 +56,8 @@ def _machine_reason() -> str | None:
     if not torch.cuda.is_available():
         return f"there is no GPU that torch can use; {_built()}"
     driver, runtime = _cuda.driver_version(), _cuda.runtime_version()
+    if driver == 0:
+        return f"there is no driver of NVIDIA's; {_built()}"
     if driver // 1000 < runtime // 1000:
         return (
             f"the driver is too old: it supports CUDA {_version(driver)}, and {_built()} of CUDA {_version(runtime)}. "
@@ -64,17 +66,22 @@ def _machine_reason() -> str | None:
     return None
 
 
-@cache
 def _devices_reason() -> str | None:
-    reasons = [device_reason(device) for device in range(torch.cuda.device_count())]
-    return None if None in reasons else reasons[0]
+    # A launch makes a context (half a GB), which a GPU that this process never uses must not get: of several,
+    # `unsupported_reason` tries the one that the tensor is on.
+    return device_reason(0) if torch.cuda.device_count() == 1 else None
 
 
-@cache
+_tried: set[int] = set()  # GPUs that a kernel ran on; a failure may pass, as when memory is short
+
+
 def device_reason(device: int) -> str | None:
     """Why a GPU cannot run these kernels, or None. Tries one that does nothing, once, and waits for it."""
+    if device in _tried:
+        return None
     failure: str = _cuda.probe(device)
     if not failure:
+        _tried.add(device)
         return None
     major, minor = torch.cuda.get_device_capability(device)
     name = torch.cuda.get_device_name(device)
@@ -102,12 +109,6 @@ def unsupported_reason(x: Tensor) -> str | None:
     return device_reason(x.get_device())
 
 
-@cache
-def _workspace_bytes(function: int, dtype: int, D: int, device: int) -> int:
-    bytes_needed: int = _cuda.workspace_bytes(function, dtype, D, device)
-    return bytes_needed
-
-
 def train_forward(
     x: Tensor,
     running_cov: Tensor,
@@ -123,8 +124,7 @@ def train_forward(
     dtype, device, index = _DTYPE[x.dtype], x.device, x.get_device()
     out = torch.empty((N, D), dtype=x.dtype, device=device)
     saved_scale = torch.empty_like(running_std)
-    size = _workspace_bytes(_TRAIN_FORWARD, dtype, D, index)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    workspace = torch.empty(_cuda.workspace_bytes(_TRAIN_FORWARD, D), dtype=torch.uint8, device=device)
     _cuda.train_forward(
         x.data_ptr(),
         dtype,
@@ -162,8 +162,7 @@ def compute_scale(
 ) -> Tensor:
     (D,), index = running_std.shape, running_std.get_device()
     scale = torch.empty_like(running_std)
-    size = _workspace_bytes(_COMPUTE_SCALE, 0, D, index)
-    workspace = torch.empty(size, dtype=torch.uint8, device=running_std.device)
+    workspace = torch.empty(_cuda.workspace_bytes(_COMPUTE_SCALE, D), dtype=torch.uint8, device=running_std.device)
     _cuda.compute_scale(
         D,
         running_cov.data_ptr(),
@@ -215,8 +214,7 @@ def train_backward(
     N, D = x.shape
     dtype, device, index = _DTYPE[x.dtype], x.device, x.get_device()
     dx = torch.empty((N, D), dtype=x.dtype, device=device)
-    size = _workspace_bytes(_TRAIN_BACKWARD, dtype, D, index)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    workspace = torch.empty(_cuda.workspace_bytes(_TRAIN_BACKWARD, D), dtype=torch.uint8, device=device)
     _cuda.train_backward(
         dout.data_ptr(),
         *dout.stride(),

@@ -34,7 +34,7 @@ namespace {
 int processors = 132, cooperative_launch = 1, blocks_per_processor = 1, fail_after = -1;
 size_t most_shared = 232448, default_shared = 48 << 10;
 bool descending = false;
-std::map<const void*, size_t> allowed_shared;
+std::map<std::pair<const void*, int>, size_t> allowed_shared;  // by kernel and device
 int current_device = 0, devices_set = 0, launches = 0;
 
 // ---- Fibers ----
@@ -234,7 +234,7 @@ cudaError_t launch(Kernel run, const void* call, const void* which, dim3 grid, d
   ++launches;
   const size_t threads = block.x, blocks = size_t(grid.x) * grid.y;
   if (threads == 0 || threads > 1024 || blocks == 0) return cudaErrorInvalidValue;
-  if (shared > std::max(std::min(default_shared, most_shared), allowed_shared[which])) return cudaErrorInvalidValue;
+  if (shared > std::max(std::min(default_shared, most_shared), allowed_shared[{which, current_device}])) return cudaErrorInvalidValue;
   if (cooperative && blocks > size_t(processors) * blocks_per_processor) return cudaErrorCooperativeLaunchTooLarge;
   pool.reserve(cooperative ? blocks * threads : threads);
   kernel = run;
@@ -287,12 +287,12 @@ cudaError_t launch(Kernel run, const void* call, const void* which, dim3 grid, d
 
 cudaError_t allow_shared(const void* kernel, size_t bytes) {
   if (bytes > most_shared) return cudaErrorInvalidValue;
-  allowed_shared[kernel] = bytes;
+  allowed_shared[{kernel, current_device}] = bytes;
   return cudaSuccess;
 }
 
 cudaError_t occupancy(int* blocks, const void* kernel, int, size_t shared) {
-  *blocks = shared <= std::max(default_shared, allowed_shared[kernel]) ? blocks_per_processor : 0;
+  *blocks = shared <= std::max(default_shared, allowed_shared[{kernel, current_device}]) ? blocks_per_processor : 0;
   return cudaSuccess;
 }
 
