@@ -120,9 +120,21 @@ PYTHON
 export python
 export -f describe_machine
 
+# Whether a backend can run here, or why not.
+runs='
+import sys
+import torch
+x = torch.ones(2, 3, device="cuda")
+from isobn_kernels import backends
+backend = backends.load(sys.argv[1])
+reason = backend.unavailable_reason() or backend.unsupported_reason(x)
+print(sys.argv[1], reason or "can run")
+sys.exit(reason is not None)
+'
+
 # What the sanitizers watch: a few steps of all block sizes, forward and backward.
 steps='
-SHAPES = [(2, 65, "triton"), (17, 65, "triton"), (130, 600, "triton"), (2, 65, "cuda"), (17, 384, "cuda"), (128, 100, "cuda")]
+SHAPES = [(2, 65, "triton"), (17, 65, "triton"), (130, 600, "triton"), (2, 65, "cuda"), (17, 384, "cuda"), (128, 100, "cuda"), (5, 2048, "cuda")]
 import torch
 from isobn_kernels import IsoBN
 for N, D, backend in SHAPES:
@@ -160,11 +172,16 @@ stage build 60 machine.log "$python" setup.py build_ext --inplace || last machin
 device=cpu
 no_gpu=$(missing_gpu)
 if [ -n "$no_gpu" ]; then
-    for name in "gpu tests" "cuda suite" "triton suite" sanitizers "bench cuda" "model cuda" ncu; do
+    for name in "cuda runs" "triton runs" "gpu tests" "cuda suite" "triton suite" sanitizers "bench cuda" "model cuda" ncu; do
         say "$(printf '%-12s %s' "$name" "$no_gpu")"
     done
 else
     device=cuda
+    # Tests of a backend that cannot run are skipped, and a session of skipped tests is green: say so first.
+    for backend in cuda triton; do
+        stage "$backend runs" 60 tests.log "$python" -c "$runs" "$backend"
+        last tests.log 1
+    done
     stage "gpu tests" 110 tests.log "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py
     last tests.log 1
     bench "bench cuda" 120 40 run --device cuda --quick --output "$out/results.csv"
@@ -179,7 +196,7 @@ else
     last tests.log 1
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck initcheck synccheck; do
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 18 tests.log compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$steps"
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 25 tests.log compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -c "$steps"
             last tests.log 1
         done
     else
