@@ -66,6 +66,16 @@ def test_unfused_tail_equals_the_fused_one(monkeypatch, N, D):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
 
 
+def test_many_features_are_added_up_chunk_by_chunk(monkeypatch):
+    """Chunks as of D above 1024, which is too many for the interpreter: only the order of two sums is another."""
+    from isobn_kernels.backends import triton
+
+    expected = steps(17, 65, stop_gradient=True)
+    monkeypatch.setattr(triton, "_CHUNK_ELEMENTS", 64)  # 16 features at a time
+    for got, want in zip(steps(17, 65, stop_gradient=True), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
+
+
 def test_float64_is_refused_in_words():
     state = warm(7, torch.float64)
     with pytest.raises(RuntimeError, match="takes float16, bfloat16 and float32"):
