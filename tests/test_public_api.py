@@ -21,7 +21,7 @@ REQUIRED = inspect.Parameter.empty
 
 
 def test_public_names():
-    assert sorted(isobn_kernels.__all__) == ["IsoBN", "available_backends", "isobn"]
+    assert sorted(isobn_kernels.__all__) == ["IsoBN", "available_backends", "fold_isobn", "isobn"]
 
 
 def test_signature_of_the_module():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ from isobn_kernels.cli._errors import CommandError
 
 @dataclass(frozen=True)
 class Task:
-    """A GLUE task: the fields of its text, its classes in GLUE's numbering, its metrics, its labelled dev split."""
+    """A GLUE task: the fields of its text, its classes in GLUE's numbering, its metrics, its labelled dev split.
+
+    Without classes it is a regression: its label is a number.
+    """
 
     fields: tuple[str, ...]
     classes: tuple[str, ...]
@@ -28,6 +32,7 @@ TASKS = {
     "sst2": Task(("sentence",), ("negative", "positive")),
     "qnli": Task(("question", "sentence"), ("entailment", "not_entailment")),
     "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+    "stsb": Task(_PAIR, (), ("pearson", "spearman")),
     "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), dev_split="validation_matched"),
 }
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -36,7 +41,10 @@ _SUBSET_SEED = 0
 
 @dataclass(frozen=True)
 class Data:
-    """Two `datasets.Dataset` with the text fields and ``label``, the number of a class; and what they are about."""
+    """Two `datasets.Dataset` with the text fields and ``label``; and what they are about.
+
+    A label is the number of a class, or where there are no classes the number to be predicted.
+    """
 
     train: Any
     dev: Any
@@ -46,14 +54,19 @@ class Data:
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """The task's metrics of a `transformers.EvalPrediction`, in the order of ``metrics``."""
+        from scipy.stats import pearsonr, spearmanr
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
         functions: dict[str, Callable[..., float]] = {
             "accuracy": accuracy_score,
             "f1": f1_score,
             "matthews_correlation": matthews_corrcoef,
+            "pearson": lambda labels, guess: pearsonr(labels, guess).statistic,
+            "spearman": lambda labels, guess: spearmanr(labels, guess).statistic,
         }
-        guess = prediction.predictions.argmax(axis=-1)
+        guess = prediction.predictions.argmax(axis=-1) if self.classes else prediction.predictions.reshape(-1)
+        if not self.classes and (guess.max() - guess.min()) == 0:
+            return dict.fromkeys(self.metrics, 0.0)  # nothing to correlate with, and NaN is never the best
         return {name: float(functions[name](prediction.label_ids, guess)) for name in self.metrics}
 
 
@@ -87,21 +100,17 @@ def load_data(
     fields = task.fields if task else _find_fields(train.column_names, train_name)
     for name, split in splits.items():
         _check_columns(split, fields, name)
-        _check_labels(split["label"], name)
-    labels = list(range(len(task.classes))) if task else sorted(set(train["label"]))
-    if len(labels) < 2:
-        raise CommandError(f"{train_name}: every label is {labels[0]!r}; a classifier needs at least two classes")
-    for name, split in splits.items():
-        unknown = sorted(set(split["label"]) - set(labels), key=str)
-        if unknown:
-            expected = f"those of {task_name}" if task else f"those of {train_name}"
-            raise CommandError(f"{name}: unknown labels {_listed(unknown)}; expected {expected}: {_listed(labels)}")
-
+    if task and not task.classes:
+        labels = None
+        for name, split in splits.items():
+            _check_scores(split["label"], name)
+    else:
+        labels = _find_labels(task_name, splits, train_name)
     train, dev = (
         _draw(split.select_columns([*fields, "label"]), limit, labels)
         for split, limit in zip(splits.values(), (max_train_samples, max_dev_samples), strict=True)
     )
-    classes = task.classes if task else tuple(map(str, labels))
+    classes = task.classes if task else tuple(map(str, labels or ()))
     return Data(train, dev, fields, classes, task.metrics if task else ("accuracy",))
 
 
@@ -181,10 +190,31 @@ def _check_labels(labels: Iterable[Any], name: str) -> None:
             )
 
 
-def _draw(split: Any, limit: int | None, labels: list[Any]) -> Any:
+def _find_labels(task_name: str | None, splits: dict[str, Any], train_name: str) -> list[Any]:
+    """The labels that stand for the classes, in their order: those of the task, or else of the training file."""
+    for name, split in splits.items():
+        _check_labels(split["label"], name)
+    labels = list(range(len(TASKS[task_name].classes))) if task_name else sorted(set(splits[train_name]["label"]))
+    if len(labels) < 2:
+        raise CommandError(f"{train_name}: every label is {labels[0]!r}; a classifier needs at least two classes")
+    for name, split in splits.items():
+        unknown = sorted(set(split["label"]) - set(labels), key=str)
+        if unknown:
+            expected = f"those of {task_name or train_name}"
+            raise CommandError(f"{name}: unknown labels {_listed(unknown)}; expected {expected}: {_listed(labels)}")
+    return labels
+
+
+def _check_scores(labels: Iterable[Any], name: str) -> None:
+    for row, label in enumerate(labels, start=1):
+        if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
+            raise CommandError(f"{name}: 'label' of row {row} is {label!r}; expected a number")
+
+
+def _draw(split: Any, limit: int | None, labels: list[Any] | None) -> Any:
     if limit is not None and limit < len(split):
         split = split.shuffle(seed=_SUBSET_SEED).select(range(limit))
-    numbers = [labels.index(label) for label in split["label"]]
+    numbers = [float(label) if labels is None else labels.index(label) for label in split["label"]]
     return split.remove_columns("label").add_column("label", numbers)
 
 

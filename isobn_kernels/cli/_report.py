@@ -47,7 +47,7 @@ def write_report(
         [
             f"model  {settings['model']}",
             f"data   {settings['task'] or settings['train_file']}: {len(data.train)} training and {len(data.dev)} dev "
-            f"rows, {len(data.classes)} classes",
+            f"rows, {f'{len(data.classes)} classes' if data.classes else 'a number to predict'}",
             f"seeds  {', '.join(map(str, seeds))}" + ("; medians, and (smallest..largest)" if len(seeds) > 1 else ""),
         ]
     )

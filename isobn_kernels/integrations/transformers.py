@@ -1,191 +1,199 @@
-"""A sequence classifier with IsoBN over any encoder of the `transformers` library."""
+"""IsoBN inside the sequence classifiers of the `transformers` library.
+
+One insertion serves all families. A classifier of the library ends in dropout and a linear output layer; `apply_isobn`
+hangs IsoBN and that dropout before the output layer, so that the pooled, activated embedding goes through IsoBN first:
+
+    pooled embedding -> IsoBN -> dropout -> output layer
+
+`_FAMILIES` says where each family keeps the two. Pretrained weights keep their names; the statistics are those of
+``<output layer>.isobn``.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from isobn_kernels.folding import fold_scale
 from isobn_kernels.module import IsoBN
 
 try:
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForSequenceClassification,
-        BertConfig,
-        PreTrainedConfig,
-        PreTrainedModel,
-    )
+    import transformers
+    from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
     from transformers import initialization as init
-    from transformers.modeling_outputs import SequenceClassifierOutput
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'isobn_kernels.integrations.transformers needs transformers: pip install "isobn_kernels[finetune]"',
         name=error.name,
     ) from error
 
-NORMALIZERS = ("isobn", "none")
+
+@dataclass(frozen=True)
+class _Family:
+    """Where a class of models keeps the end of its head; paths as for `torch.nn.Module.get_submodule`."""
+
+    output: str
+    dropout: str
+    dense: str | None = None  # a linear layer further up that goes through the same dropout
 
 
-class IsoBNClassifierConfig(PreTrainedConfig):
-    """What `IsoBNForSequenceClassification` is made of; saved with it as ``config.json``.
-
-    Args:
-        encoder: configuration of the encoder, or its ``to_dict()``; BERT-base where None.
-        normalizer: "isobn", or "none" for the same classifier without it.
-        isobn_options: keyword arguments of `isobn_kernels.IsoBN`, such as ``momentum``, ``eps`` and ``beta``.
-        dropout: probability of dropping a feature between IsoBN and the linear layer.
-        kwargs: of every configuration, such as ``num_labels`` or ``id2label``.
-
-    Raises:
-        ValueError: ``normalizer`` is not one of the two.
-
-    Example:
-        >>> from isobn_kernels.integrations.transformers import IsoBNClassifierConfig
-        >>> config = IsoBNClassifierConfig(isobn_options={"momentum": 0.1}, num_labels=3)
-        >>> config.encoder.model_type, config.isobn_options, config.num_labels
-        ('bert', {'momentum': 0.1}, 3)
-    """
-
-    model_type = "isobn-classifier"
-    sub_configs = {"encoder": AutoConfig}  # noqa: RUF012 -- as the base class declares it
-
-    def __init__(
-        self,
-        encoder: Any = None,
-        normalizer: str = "isobn",
-        isobn_options: dict[str, Any] | None = None,
-        dropout: float = 0.1,
-        **kwargs: Any,
-    ) -> None:
-        if normalizer not in NORMALIZERS:
-            raise ValueError(f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}")
-        if encoder is None:
-            encoder = BertConfig()
-        elif isinstance(encoder, dict):
-            encoder = AutoConfig.for_model(**encoder)
-        self.encoder = encoder
-        self.normalizer = normalizer
-        self.isobn_options = dict(isobn_options or {})
-        self.dropout = dropout
-        super().__init__(**kwargs)
+# By class, those with IsoBN among them; and the class with IsoBN that belongs to one without.
+_FAMILIES: dict[type, _Family] = {}
+_WITH_ISOBN: dict[type, Any] = {}
 
 
-class IsoBNForSequenceClassification(PreTrainedModel):
-    """Encoder -> pooler output -> IsoBN -> dropout -> linear: the network of the paper.
+def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Put IsoBN between the pooled embedding of a sequence classifier and its dropout + output layer, in place.
 
-    An encoder without a pooler (DistilBERT, ELECTRA, DeBERTa) gets a new one of BERT's form, tanh of a linear layer
-    over the first token, which is trained with the rest.
+    The model becomes one of ``IsoBNBertForSequenceClassification`` or its like: a subclass of what it was, with a
+    model type of its own ("isobn-bert"), so that what it saves is never loaded without IsoBN by mistake. To load it,
+    import this module and call `AutoModelForSequenceClassification.from_pretrained` as usual. Weights keep their
+    names. Checkpoints of the Trainer hold the statistics; in half precision they stay float32.
 
-    The IsoBN statistics are saved and loaded with the model, and stay float32 when it is loaded in half precision.
+    With PEFT, apply IsoBN first and wrap then: the statistics are saved with the classifier, which is among the
+    modules that PEFT saves in full for the task type SEQ_CLS. Over several processes, see
+    `isobn_kernels.IsoBN.convert_sync_isobn`; for serving, `isobn_kernels.fold_isobn`.
 
     Args:
-        config: an `IsoBNClassifierConfig`.
-        encoder: the encoder itself, where there is one already; otherwise built from ``config.encoder`` with random
-            weights. `from_encoder` is the usual way to start from a pretrained one.
+        model: a sequence classifier of BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, DeBERTa-v2, ALBERT, MPNet or
+            ModernBERT, or of a class given to `register_family`.
+        options: keyword arguments of `isobn_kernels.IsoBN` but for ``process_group`` and ``device``; saved in the
+            configuration as ``isobn``.
 
-    Attributes:
-        isobn: the `isobn_kernels.IsoBN` layer; `torch.nn.Identity` with ``normalizer="none"``.
+    Returns:
+        ``model`` itself.
 
     Raises:
-        ValueError: the model is not an encoder (encoder-decoder, or a decoder whose first token sees only itself).
+        TypeError: an option is not one of IsoBN's.
+        ValueError: the model is of another kind, or has IsoBN already, or an option is out of range. The model is
+            untouched.
 
     Example:
         >>> import torch
-        >>> from transformers import BertConfig
-        >>> from isobn_kernels.integrations.transformers import IsoBNClassifierConfig, IsoBNForSequenceClassification
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from isobn_kernels.integrations.transformers import apply_isobn
         >>> tiny = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> model = IsoBNForSequenceClassification(IsoBNClassifierConfig(tiny, num_labels=3))
+        >>> model = apply_isobn(BertForSequenceClassification(tiny), momentum=0.1)
+        >>> model.classifier.isobn
+        IsoBN(8, eps=0.001, momentum=0.1, beta=0.5)
         >>> model(torch.ones(4, 5, dtype=torch.long)).logits.shape
-        torch.Size([4, 3])
+        torch.Size([4, 2])
 
     Source: Zhou, Lin and Ren, AAAI 2021, https://arxiv.org/abs/2005.02178.
     """
+    for name in ("process_group", "device"):
+        if name in options:
+            raise TypeError(
+                f"{name} cannot be saved with the model: move it with model.to(device), and use "
+                "IsoBN.convert_sync_isobn(model) for statistics across processes"
+            )
+    family = _family(model)
+    if isinstance(model, _WithIsoBN):
+        raise ValueError(f"model, a {type(model).__name__}, has IsoBN already")
+    _insert(model, family, options)
+    model.config.__class__ = _WITH_ISOBN[type(model)].config_class
+    model.config.isobn = options
+    model.__class__ = _WITH_ISOBN[type(model)]
+    return model
 
-    config_class = IsoBNClassifierConfig
-    base_model_prefix = "encoder"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
+
+def register_family(
+    model_class: type[PreTrainedModel], *, output: str, dropout: str, dense: str | None = None
+) -> type[PreTrainedModel]:
+    """Teach `apply_isobn` another class of models, whose head is dropout and then a linear output layer.
+
+    Call it where the model is made and where it is loaded, before either.
+
+    Args:
+        model_class: a subclass of `transformers.PreTrainedModel` with its ``config_class``.
+        output: where it keeps the output layer, such as "classifier" or "head.out_proj"; a `torch.nn.Linear`.
+        dropout: where it keeps the dropout that this layer's input comes from; a `torch.nn.Dropout`, which nothing
+            else goes through.
+        dense: where it keeps a second linear layer whose input comes from the same dropout, as in RoBERTa's head.
+
+    Returns:
+        The class of the model with IsoBN, for pickle to be found in this module.
+
+    Raises:
+        ValueError: the class is registered already.
+
+    Example:
+        >>> from transformers import CamembertForSequenceClassification
+        >>> from isobn_kernels.integrations.transformers import register_family
+        >>> register_family(
+        ...     CamembertForSequenceClassification,
+        ...     output="classifier.out_proj",
+        ...     dropout="classifier.dropout",
+        ...     dense="classifier.dense",
+        ... ).__name__
+        'IsoBNCamembertForSequenceClassification'
+    """
+    if model_class in _FAMILIES:
+        raise ValueError(f"{model_class.__name__} is registered already")
+    config_class = model_class.config_class
+    model_type = f"isobn-{config_class.model_type}"
+    with_config = type(
+        f"IsoBN{config_class.__name__}", (config_class,), {"__module__": __name__, "model_type": model_type}
+    )
+    with_isobn = type(
+        f"IsoBN{model_class.__name__}",
+        (_WithIsoBN, model_class),
+        {
+            "__module__": __name__,
+            "__doc__": _WithIsoBN.__doc__,
+            "config_class": with_config,
+            "_plain_class": model_class,
+        },
+    )
+    _FAMILIES[model_class] = _FAMILIES[with_isobn] = _Family(output, dropout, dense)
+    _WITH_ISOBN[model_class] = with_isobn
+    globals().update({with_config.__name__: with_config, with_isobn.__name__: with_isobn})
+    AutoConfig.register(model_type, with_config)
+    AutoModelForSequenceClassification.register(with_config, with_isobn)
+    return with_isobn
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The output layer of a classifier with or without IsoBN; its input in evaluation is the pooled embedding (N, D).
+
+    Raises:
+        ValueError: the model is of a class that `apply_isobn` does not know.
+    """
+    layer = model.get_submodule(_family(model).output)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+class _DropoutLinear(nn.Linear):
+    """A linear layer with dropout before it."""
+
+    dropout: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
+
+
+class _IsoBNLinear(_DropoutLinear):
+    """The output layer: IsoBN, dropout, linear."""
+
+    isobn: IsoBN
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.isobn(x))
+
+
+class _WithIsoBN(PreTrainedModel):
+    """A sequence classifier with IsoBN before its dropout and output layer; see `apply_isobn`."""
+
+    _plain_class: Any
     # Not "isobn", which would also turn the integer counter into float32 on loading.
     _keep_in_fp32_modules_strict = ["isobn.running_cov", "isobn.running_std", "isobn.scale"]  # noqa: RUF012
-    # The loss is a mean over the batch: the Trainer has to divide it itself when it accumulates gradients.
-    accepts_loss_kwargs = False
-    # Whether from_encoder had to initialise the pooler, because the checkpoint holds none.
-    pooler_is_new = False
 
-    def __init__(self, config: IsoBNClassifierConfig, encoder: Any = None) -> None:
-        super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
-        # One object: a change of it, such as another attention implementation, reaches the encoder.
-        config.encoder = self.encoder.config
-        hidden_size = config.encoder.hidden_size
-        self.pooler = None
-        if getattr(self.encoder, "pooler", None) is None:
-            self.pooler = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.Tanh())
-        if config.encoder.is_encoder_decoder or (
-            self.pooler is not None and config.encoder.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        ):
-            raise ValueError(
-                f"encoder must be an encoder such as BERT, got a model of type {config.encoder.model_type!r}, "
-                "whose first token does not see the whole text"
-            )
-        self.isobn = IsoBN(hidden_size, **config.isobn_options) if config.normalizer == "isobn" else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(hidden_size, config.num_labels)
-        self.post_init()
-
-    @classmethod
-    def from_encoder(cls, name_or_path: str | Path, **config: Any) -> IsoBNForSequenceClassification:
-        """A classifier to fine-tune: a pretrained encoder, in float32, under a new head.
-
-        Args:
-            name_or_path: hub name or folder, as for `transformers.AutoModel`.
-            config: the arguments of `IsoBNClassifierConfig` other than ``encoder``.
-
-        Raises:
-            OSError: there is no such model.
-            ValueError: it is not an encoder, or an argument is wrong.
-        """
-        # Not the dtype of the checkpoint: AdamW on half-precision weights loses small updates.
-        encoder, loading = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-        model = cls(IsoBNClassifierConfig(encoder.config.to_dict(), **config), encoder)
-        model.pooler_is_new = model.pooler is not None or any(
-            key.startswith("pooler.") for key in loading["missing_keys"]
-        )
-        return model
-
-    def embed(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        """The sentence embeddings (N, D) that IsoBN takes: the pooler output.
-
-        Args:
-            input_ids: (N, L) token numbers.
-            attention_mask: (N, L), 0 where padded.
-            token_type_ids: (N, L), for encoders that tell the two sentences of a pair apart.
-        """
-        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        output = self.encoder(input_ids, **{name: value for name, value in given.items() if value is not None})
-        return output.pooler_output if self.pooler is None else self.pooler(output.last_hidden_state[:, 0])
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """Logits (N, num_labels) and, given ``labels`` (N,), the mean cross entropy. The rest is as for `embed`."""
-        embedding = self.embed(input_ids, attention_mask, token_type_ids)
-        logits = self.classifier(self.dropout(self.isobn(embedding)))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        _insert(self, _FAMILIES[type(self)], getattr(config, "isobn", {}))
 
     def _init_weights(self, module: nn.Module) -> None:
         # Buffer by buffer, with functions that leave alone what a checkpoint has filled.
@@ -197,6 +205,65 @@ class IsoBNForSequenceClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def _fold_isobn(self) -> None:
+        """Give the scale to the weights and become the library's own model again; `isobn_kernels.fold_isobn` asks."""
+        family = _FAMILIES[type(self)]
+        output = self.get_submodule(family.output)
+        if not isinstance(output, _IsoBNLinear):
+            raise ValueError(
+                f"{family.output} is wrapped in a {type(output).__name__}: unwrap it (PEFT: merge_and_unload)"
+            )
+        fold_scale(output.isobn, output)
+        self.set_submodule(family.dropout, output.dropout)
+        for path in filter(None, (family.output, family.dense)):
+            linear = self.get_submodule(path)
+            linear.__class__ = nn.Linear
+            del linear.dropout
+        del output.isobn
+        self.config.__class__ = self._plain_class.config_class
+        del self.config.isobn
+        self.__class__ = self._plain_class
 
-AutoConfig.register(IsoBNClassifierConfig.model_type, IsoBNClassifierConfig)
-AutoModelForSequenceClassification.register(IsoBNClassifierConfig, IsoBNForSequenceClassification)
+
+def _insert(model: PreTrainedModel, family: _Family, options: dict[str, Any]) -> None:
+    output, dropout = model.get_submodule(family.output), model.get_submodule(family.dropout)
+    linears = [output] if family.dense is None else [output, model.get_submodule(family.dense)]
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"the head of {type(model).__name__} must be of torch.nn.Linear layers, got {linear}")
+    isobn = IsoBN(output.in_features, device=output.weight.device, **options)
+    # Nothing is changed before all of it is there. The classes are swapped, so that parameters, their names and
+    # whatever is attached to the layers stay as they are; modules, unlike hooks, survive deepcopy and pickle.
+    model.set_submodule(family.dropout, nn.Identity())
+    for linear in linears:
+        linear.__class__ = _DropoutLinear
+        linear.dropout = dropout
+    output.__class__ = _IsoBNLinear
+    output.isobn = isobn.train(output.training)
+
+
+def _family(model: PreTrainedModel) -> _Family:
+    try:
+        return _FAMILIES[type(model)]
+    except KeyError:
+        supported = ", ".join(known.__name__ for known in _WITH_ISOBN)
+        raise ValueError(
+            f"model is a {type(model).__name__}, which apply_isobn does not know; expected one of {supported}. "
+            "register_family teaches it another class; apply it before wrapping a model (PEFT, DDP, compile)"
+        ) from None
+
+
+_LAYER = {"output": "classifier", "dropout": "dropout"}
+_HEAD = {"output": "classifier.out_proj", "dropout": "classifier.dropout", "dense": "classifier.dense"}
+for _name, _where in {
+    "AlbertForSequenceClassification": _LAYER,
+    "BertForSequenceClassification": _LAYER,
+    "DebertaV2ForSequenceClassification": _LAYER,
+    "DistilBertForSequenceClassification": _LAYER,
+    "ElectraForSequenceClassification": _HEAD,
+    "MPNetForSequenceClassification": _HEAD,
+    "ModernBertForSequenceClassification": {"output": "classifier", "dropout": "drop"},
+    "RobertaForSequenceClassification": _HEAD,
+    "XLMRobertaForSequenceClassification": _HEAD,
+}.items():
+    register_family(getattr(transformers, _name), **_where)

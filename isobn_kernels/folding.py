@@ -1,0 +1,113 @@
+"""`fold_isobn`: a trained model without IsoBN that computes the same, for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from isobn_kernels.module import IsoBN
+
+
+def fold_isobn(model: nn.Module, into: Mapping[str, str] | None = None) -> nn.Module:
+    """Give the scale of every IsoBN to the linear layer behind it, in place: evaluation is the same, without IsoBN.
+
+    The linear layer is found where IsoBN, dropout and the layer follow each other in a `torch.nn.Sequential`, and in
+    models made by `isobn_kernels.integrations.transformers.apply_isobn`, which become the library's own again. For
+    others, ``into`` names it. IsoBN leaves a `torch.nn.Identity` behind, so that other layers keep their names.
+
+    The statistics are gone then, and further training goes on without them: fold a copy to keep both.
+
+    Args:
+        model: with trained statistics, in evaluation or training mode.
+        into: names of IsoBN layers and of the `torch.nn.Linear` that takes their output, as in
+            ``{"isobn": "classifier"}``; nothing but dropout may lie between, and no one else may use that layer.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: there is no IsoBN, the layer behind one is not known, or it does not fit. The model is untouched.
+
+    Example:
+        >>> import torch
+        >>> from isobn_kernels import IsoBN, fold_isobn
+        >>> head = torch.nn.Sequential(IsoBN(8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 2))
+        >>> _ = head(torch.randn(32, 8))  # a training step
+        >>> x, head = torch.randn(4, 8), head.eval()
+        >>> before = head(x)
+        >>> torch.allclose(fold_isobn(head)(x), before, atol=1e-6)
+        True
+        >>> head[0]
+        Identity()
+    """
+    named = dict(model.named_modules(remove_duplicate=False))
+    folds: dict[IsoBN, Callable[[], None]] = {}
+    for name, target in (into or {}).items():
+        isobn, linear = named.get(name), named.get(target)
+        if not isinstance(isobn, IsoBN):
+            raise ValueError(f"into: {name!r} must be the name of an IsoBN layer, got {_kind(isobn)}")
+        folds[isobn] = _fold(model, isobn, linear, target)
+    for name, module in named.items():
+        if isinstance(module, nn.Sequential):
+            for isobn, linear, position in _in_sequence(module):
+                folds.setdefault(isobn, _fold(model, isobn, linear, f"{name}.{position}".lstrip(".")))
+        elif hasattr(module, "_fold_isobn"):  # a model that knows where it keeps its own
+            inside = [layer for layer in module.modules() if isinstance(layer, IsoBN)]
+            folds |= dict.fromkeys(inside, module._fold_isobn)
+    layers = {module: name for name, module in named.items() if isinstance(module, IsoBN)}
+    if not layers:
+        raise ValueError("model has no IsoBN to fold")
+    unknown = [name for isobn, name in layers.items() if isobn not in folds]
+    if unknown:
+        raise ValueError(
+            f"the linear layer behind IsoBN {', '.join(map(repr, unknown))} is not known; expected IsoBN, dropout and "
+            'torch.nn.Linear in a torch.nn.Sequential, or its name in into, such as {"isobn": "classifier"}'
+        )
+    for fold in dict.fromkeys(folds.values()):
+        fold()
+    return model
+
+
+@torch.no_grad()
+def fold_scale(isobn: IsoBN, linear: nn.Linear) -> None:
+    """Multiply the columns of the weight by the scale: ``linear(isobn(x))`` of evaluation becomes ``linear(x)``."""
+    # One rounding to the type of the weight, which may be half.
+    linear.weight.copy_(linear.weight.to(isobn.scale.dtype) * isobn.scale)
+
+
+def _fold(model: nn.Module, isobn: IsoBN, linear: nn.Module | None, target: str) -> Callable[[], None]:
+    """The step that folds ``isobn`` into ``linear``, checked now."""
+    if not isinstance(linear, nn.Linear) or linear.in_features != isobn.num_features:
+        raise ValueError(
+            f"{target!r} must be a torch.nn.Linear with in_features={isobn.num_features}, as IsoBN, got {_kind(linear)}"
+        )
+
+    def fold() -> None:
+        fold_scale(isobn, linear)
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if child is isobn:
+                    setattr(parent, name, nn.Identity())
+
+    return fold
+
+
+def _in_sequence(sequence: nn.Sequential) -> list[tuple[IsoBN, nn.Module, int]]:
+    """Each IsoBN with the linear layer that follows it, nothing but dropout between, and where that is."""
+    found: list[tuple[IsoBN, nn.Module, int]] = []
+    last = None
+    for position, module in enumerate(sequence):
+        if isinstance(module, IsoBN):
+            last = module
+        elif isinstance(module, nn.Linear) and last is not None:
+            found.append((last, module, position))
+            last = None
+        elif not isinstance(module, (nn.Dropout, nn.Identity)):
+            last = None
+    return found
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "nothing of that name" if module is None else str(module)
