@@ -1,158 +1,395 @@
-"""`IsoBNForSequenceClassification` over tiny encoders with random weights."""
+"""`apply_isobn` on tiny classifiers of every family, with random weights."""
 
+import copy
+import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import same_bits
+from torch import nn
 
-from isobn_kernels import IsoBN
+from isobn_kernels import IsoBN, fold_isobn
 
 pytest.importorskip("transformers", reason='needs pip install "isobn_kernels[finetune]"')
+pytest.importorskip("accelerate", reason='needs pip install "isobn_kernels[finetune]"')
 
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    GPT2Config,
-    T5Config,
-)
+import transformers
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from isobn_kernels.integrations.transformers import IsoBNClassifierConfig, IsoBNForSequenceClassification
+from isobn_kernels.integrations.transformers import apply_isobn, output_layer, register_family
 
-TINY = {"vocab_size": 15, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+SIZES |= {"intermediate_size": 64, "max_position_embeddings": 40}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+FAMILIES = {
+    "Albert": {**SIZES, "embedding_size": 16, "classifier_dropout_prob": 0.1},
+    "Bert": SIZES,
+    "DebertaV2": SIZES,
+    "DistilBert": {"vocab_size": 40, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "num_labels": 3},
+    "Electra": {**SIZES, "embedding_size": 16},
+    "MPNet": SIZES,
+    "ModernBert": {**SIZES, **TOKENS, "classifier_dropout": 0.1},
+    "Roberta": SIZES,
+    "XLMRoberta": SIZES,
+}
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def tiny_classifier(**config) -> IsoBNForSequenceClassification:
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def plain(family: str = "Bert", **config):
+    """The library's own classifier. Weights ten times the usual, for embeddings that differ from text to text."""
     torch.manual_seed(0)
-    return IsoBNForSequenceClassification(IsoBNClassifierConfig(BertConfig(**TINY), num_labels=3, **config))
+    config = {**FAMILIES[family], "initializer_range": 0.2, **config}
+    model_class = getattr(transformers, f"{family}ForSequenceClassification")
+    return model_class(model_class.config_class(**config))
 
 
-def batch(rows: int = 6) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def batch(rows: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(rows, 5, dtype=torch.long)
     mask[0, 3:] = 0
-    return {"input_ids": torch.randint(5, 15, (rows, 5), generator=generator), "attention_mask": mask}
+    return {"input_ids": torch.randint(5, 40, (rows, 5), generator=generator), "attention_mask": mask}
 
 
-def trained_classifier(**config) -> IsoBNForSequenceClassification:
-    model = tiny_classifier(**config).train()
+def trained(family: str = "Bert", **options):
+    model = apply_isobn(plain(family), **options).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(3):
-        model(**batch(), labels=torch.tensor([0, 1, 2, 0, 1, 2])).loss.backward()
+    for step in range(3):
+        model(**batch(seed=step), labels=LABELS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
 
 
-@pytest.mark.parametrize("normalizer", ["isobn", "none"])
-def test_round_trip(normalizer: str, tmp_path: Path) -> None:
-    options = {"momentum": 0.2, "eps": 1e-2} if normalizer == "isobn" else None
-    model = trained_classifier(normalizer=normalizer, isobn_options=options)
+def isobn_of(model) -> IsoBN:
+    (layer,) = (module for module in model.modules() if isinstance(module, IsoBN))
+    return layer
+
+
+def embedding_of(model) -> torch.Tensor:
+    """What the output layer is called with."""
+    seen = []
+    with output_layer(model).register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+        model(**batch())
+    return seen[0]
+
+
+def assert_same_state(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert same_bits(found[name], tensor), name
+
+
+def test_weights_keep_their_names_and_values(family: str) -> None:
+    model = plain(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert apply_isobn(model) is model
+    after = model.state_dict()
+    statistics = {name for name in after if ".isobn." in name}
+    assert {name.rpartition(".")[2] for name in statistics} == {name for name, _ in IsoBN(1).named_buffers()}
+    assert_same_state({name: after[name] for name in after.keys() - statistics}, before)
+
+
+def test_only_the_scale_is_new(family: str) -> None:
+    """With momentum 0 the statistics stay 0 and the scale 1: what is left is the library's model, dropout included."""
+    set_seed(1)
+    expected = plain(family).train()
+    set_seed(1)
+    model = apply_isobn(plain(family), momentum=0.0).train()
+    for seed in range(3):
+        outputs = []
+        for one in (expected, model):
+            set_seed(seed)
+            outputs.append(one(**batch(), labels=LABELS))
+            outputs[-1].loss.backward()
+        assert same_bits(outputs[0].logits, outputs[1].logits)
+        assert same_bits(outputs[0].loss, outputs[1].loss)
+    for (name, a), b in zip(expected.named_parameters(), model.parameters(), strict=True):
+        assert same_bits(a.grad, b.grad), name
+    assert isobn_of(model).num_batches_tracked == 3
+
+
+def test_statistics_are_those_of_the_embedding_before_dropout(family: str) -> None:
+    model = plain(family).eval()
+    embedding = embedding_of(model).detach()
+    # Not the embedding before its activation, nor a normalised one.
+    apply_isobn(model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    output = output_layer(model)
+    output.dropout = nn.Dropout(0.9)
+    output.train()
+    model(**batch())
+    torch.testing.assert_close(output.isobn.running_std, 0.05 * embedding.std(dim=0, correction=0))
+    model.eval()
+    logits = nn.functional.linear(embedding * output.isobn.scale, output.weight, output.bias)
+    torch.testing.assert_close(model(**batch()).logits, logits)
+
+
+def test_round_trip(family: str, tmp_path: Path) -> None:
+    options = {"momentum": 0.2, "eps": 1e-2, "bias_correction": True}
+    model = trained(family, **options)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert type(loaded) is IsoBNForSequenceClassification
-    assert repr(loaded.isobn) == repr(model.isobn)
-    for (name, expected), (loaded_name, found) in zip(
-        model.state_dict().items(), loaded.state_dict().items(), strict=True
-    ):
-        assert name == loaded_name
-        assert torch.equal(expected, found), name
-    assert torch.equal(model(**batch()).logits, loaded(**batch()).logits)
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(loaded) is type(model)
+    assert type(loaded).__name__ == f"IsoBN{family}ForSequenceClassification"
+    assert loaded.config.isobn == options
+    assert repr(loaded) == repr(model)
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert same_bits(loaded(**batch()).logits, model(**batch()).logits)
 
 
-def test_forward_is_pooler_isobn_linear() -> None:
-    model = trained_classifier()
-    embedding = model.encoder(**batch()).pooler_output
-    assert torch.equal(model.embed(**batch()), embedding)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    output = model(**batch(), labels=labels)
-    torch.testing.assert_close(output.logits, model.classifier(embedding * model.isobn.scale))
-    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
-    assert not torch.equal(model.isobn.scale, torch.ones(32))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_the_statistics(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = trained_classifier()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_keeps_the_statistics(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = trained(family)
     model.save_pretrained(tmp_path)
-    loaded = IsoBNForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
-    converted = trained_classifier().to(dtype)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    converted = copy.deepcopy(model).to(dtype)
     for half in (loaded, converted):
-        assert half.classifier.weight.dtype == dtype
-        for (name, expected), found in zip(model.isobn.named_buffers(), half.isobn.buffers(), strict=True):
-            assert found.dtype == expected.dtype, name
-            assert torch.equal(found, expected), name
+        assert output_layer(half).weight.dtype == dtype
+        assert_same_state(isobn_of(half).state_dict(), isobn_of(model).state_dict())
         assert half(**batch()).logits.dtype == dtype
 
 
-def test_meta_device_and_missing_statistics(tmp_path: Path) -> None:
-    model = trained_classifier(normalizer="none")
+def test_folding(family: str, tmp_path: Path) -> None:
+    model = trained(family)
+    expected = model(**batch()).logits
+    assert not torch.equal(isobn_of(model).scale, torch.ones(32))
+    folded = fold_isobn(copy.deepcopy(model))
+    assert (folded(**batch()).logits - expected).abs().max() < 1e-6 * expected.abs().max().clamp(min=1)
+    # It is the library's own again, dropout included, and saved as such.
+    assert repr(folded) == repr(plain(family))
+    assert folded.config.to_dict().keys() == plain(family).config.to_dict().keys()
+    folded.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is type(plain(family))
+    assert same_bits(loaded(**batch()).logits, folded(**batch()).logits)
+    # And can be given IsoBN anew.
+    assert isobn_of(apply_isobn(folded)).num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_are_independent(family: str, duplicate) -> None:
+    model = trained(family)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    twin = duplicate(model)
+    assert same_bits(twin(**batch()).logits, model(**batch()).logits)
+    twin.train()(**batch(), labels=LABELS).loss.backward()
+    assert isobn_of(twin).num_batches_tracked == 4
+    assert_same_state(model.state_dict(), expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_meta_device_and_missing_statistics(family: str, tmp_path: Path) -> None:
     with torch.device("meta"):
-        assert tiny_classifier().isobn.running_cov.is_meta
+        assert isobn_of(apply_isobn(plain(family))).running_cov.is_meta
     # A checkpoint without statistics: memory that loading left as it was would show.
-    model.config.normalizer = "isobn"
+    model = plain(family)
     model.save_pretrained(tmp_path)
+    with_isobn = type(apply_isobn(model))
     for dtype in (torch.float32, torch.bfloat16):
-        loaded = IsoBNForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
-        for found, expected in zip(loaded.isobn.buffers(), IsoBN(32).buffers(), strict=True):
-            assert found.dtype == expected.dtype
-            assert torch.equal(found, expected)
+        loaded = with_isobn.from_pretrained(tmp_path, dtype=dtype)
+        assert_same_state(isobn_of(loaded).state_dict(), IsoBN(32).state_dict())
 
 
-def test_from_encoder(tmp_path: Path) -> None:
-    encoder = BertModel(BertConfig(**TINY)).half()
-    encoder.save_pretrained(tmp_path)
-    model = IsoBNForSequenceClassification.from_encoder(tmp_path, num_labels=4, dropout=0.3)
-    for expected, found in zip(encoder.parameters(), model.encoder.parameters(), strict=True):
-        # In float32 whatever the checkpoint is in.
-        assert found.dtype == torch.float32
-        assert torch.equal(expected.float(), found)
-    assert model.classifier.out_features == 4
-    assert model.dropout.p == 0.3
-    assert not model.pooler_is_new
-    assert model.encoder.config is model.config.encoder
-    assert model.encoder.config._attn_implementation == "sdpa"
+class Texts(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, row: int) -> dict:
+        return {name: tensor[0] for name, tensor in batch(1, seed=row).items()} | {"labels": row % 3}
 
 
-def test_checkpoint_without_pooler(tmp_path: Path) -> None:
-    BertModel(BertConfig(**TINY), add_pooling_layer=False).save_pretrained(tmp_path)
-    assert IsoBNForSequenceClassification.from_encoder(tmp_path).pooler_is_new
+def train_with_trainer(model, folder: Path, callbacks=(), **arguments) -> Trainer:
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(folder),
+            max_steps=6,
+            save_steps=2,
+            per_device_train_batch_size=6,
+            learning_rate=1e-3,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=3,
+        ),
+        train_dataset=Texts(),
+        callbacks=list(callbacks),
+    )
+    trainer.train(**arguments)
+    return trainer
 
 
-def test_encoder_without_pooler(tmp_path: Path) -> None:
-    config = DistilBertConfig(vocab_size=15, dim=8, n_heads=2, n_layers=1, hidden_dim=16)
-    model = IsoBNForSequenceClassification(IsoBNClassifierConfig(config)).train()
-    model(**batch())
-    model.eval().save_pretrained(tmp_path)
-    loaded = IsoBNForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(model(**batch()).logits, loaded(**batch()).logits)
-    assert model.embed(**batch()).abs().max() < 1
+def test_resumed_trainer_equals_an_uninterrupted_one(family: str, tmp_path: Path) -> None:
+    expected = train_with_trainer(apply_isobn(plain(family)), tmp_path).model
+    assert isobn_of(expected).num_batches_tracked == 6
+    resumed = train_with_trainer(
+        apply_isobn(plain(family)), tmp_path / "2", resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    ).model
+    assert_same_state(resumed.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPT2Config(vocab_size=15, n_embd=8, n_head=2, n_layer=1),
-        T5Config(vocab_size=15, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4),
-    ],
-)
-def test_not_an_encoder(config) -> None:
-    with pytest.raises(ValueError, match=f"must be an encoder such as BERT, got a model of type '{config.model_type}'"):
-        IsoBNForSequenceClassification(IsoBNClassifierConfig(config))
+def test_killed_trainer_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+torch.set_num_threads(1)
+from transformers import TrainerCallback
+import test_transformers as here
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+here.train_with_trainer(here.apply_isobn(here.plain()), {str(tmp_path)!r}, [Kill()])
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    resumed = train_with_trainer(apply_isobn(plain()), tmp_path, resume_from_checkpoint=True).model
+    expected = train_with_trainer(apply_isobn(plain()), tmp_path / "whole").model
+    assert_same_state(resumed.state_dict(), expected.state_dict())
 
 
-def test_wrong_configuration() -> None:
-    with pytest.raises(ValueError, match=r"normalizer must be one of .*, got 'batch'"):
-        IsoBNClassifierConfig(normalizer="batch")
-    with pytest.raises(ValueError, match="momentum must be in"):
-        tiny_classifier(isobn_options={"momentum": 2})
+def test_without_this_package_loading_fails_loudly(tmp_path: Path) -> None:
+    trained().save_pretrained(tmp_path)
+    code = "import sys, transformers as t; t.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0
+    assert "isobn-bert" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_peft(family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2)
+    model = peft.get_peft_model(apply_isobn(plain(family)), config).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    for step in range(3):
+        model(**batch(seed=step), labels=LABELS).loss.backward()
+        optimizer.step()
+    expected = model.eval()(**batch()).logits
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(apply_isobn(plain(family)), tmp_path).eval()
+    assert same_bits(loaded(**batch()).logits, expected)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        fold_isobn(loaded)
+    merged = loaded.merge_and_unload()
+    assert isobn_of(merged).num_batches_tracked == 3
+    assert (fold_isobn(merged)(**batch()).logits - expected).abs().max() < 1e-5
+
+
+def test_regression(tmp_path: Path) -> None:
+    model = apply_isobn(plain(num_labels=1, problem_type="regression"))
+    output = model.train()(**batch(), labels=torch.rand(6))
+    assert output.logits.shape == (6, 1)
+    output.loss.backward()
 
 
 def test_gradient_checkpointing_updates_once() -> None:
-    model = tiny_classifier(dropout=0.0).train()
+    model = apply_isobn(plain()).train()
     # The older name goes in transformers 6, the newer one came during 5.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    model(**batch(), labels=torch.zeros(6, dtype=torch.long)).loss.backward()
-    assert model.isobn.num_batches_tracked == 1
+    model(**batch(), labels=LABELS).loss.backward()
+    assert isobn_of(model).num_batches_tracked == 1
     assert model.get_input_embeddings().weight.grad is not None
+
+
+def test_compiled_training_is_one_graph_and_equals_eager() -> None:
+    eager, compiled = apply_isobn(plain()).train(), apply_isobn(plain()).train()
+    for model in (eager, compiled):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        expected, found = eager(**batch(seed=seed), labels=LABELS), run(**batch(seed=seed), labels=LABELS)
+        torch.testing.assert_close(found.loss, expected.loss)
+        found.loss.backward()
+        expected.loss.backward()
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(isobn_of(compiled).state_dict(), isobn_of(eager).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"momentum": 2}, ValueError, "momentum must be in"),
+        ({"momentun": 0.1}, TypeError, "momentun"),
+        ({"process_group": None}, TypeError, "convert_sync_isobn"),
+        ({"device": "cpu"}, TypeError, "device cannot be saved"),
+    ],
+)
+def test_wrong_options_leave_the_model_alone(options: dict, error: type, message: str) -> None:
+    model = plain()
+    with pytest.raises(error, match=message):
+        apply_isobn(model, **options)
+    assert repr(model) == repr(plain())
+    assert type(model.config) is type(plain().config)
+
+
+def test_other_models_are_refused() -> None:
+    gpt = transformers.GPT2Config(vocab_size=15, n_embd=8, n_head=2, n_layer=1)
+    model = transformers.GPT2ForSequenceClassification(gpt)
+    with pytest.raises(
+        ValueError, match=r"GPT2ForSequenceClassification.*expected one of .*BertForSeq.*register_family"
+    ):
+        apply_isobn(model)
+    with pytest.raises(ValueError, match="has IsoBN already"):
+        apply_isobn(apply_isobn(plain()))
+
+
+class MyConfig(transformers.BertConfig):
+    model_type = "my-own"
+
+
+class MyModel(transformers.BertPreTrainedModel):
+    """A classifier that the table does not hold: the mean of the last layer, tanh, dropout, linear."""
+
+    config_class = MyConfig
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.end = nn.ModuleDict({"drop": nn.Dropout(0.1), "out": nn.Linear(config.hidden_size, config.num_labels)})
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        pooled = self.bert(input_ids, attention_mask).last_hidden_state.mean(dim=1).tanh()
+        return self.end["out"](self.end["drop"](pooled))
+
+
+def test_registered_family(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MyModel(MyConfig(**SIZES))
+    with pytest.raises(ValueError, match="does not know"):
+        apply_isobn(model)
+    register_family(MyModel, output="end.out", dropout="end.drop")
+    with pytest.raises(ValueError, match="MyModel is registered already"):
+        register_family(MyModel, output="end.out", dropout="end.drop")
+    apply_isobn(model).train()(**batch())
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same_bits(loaded(**batch()), model(**batch()))
+    assert (fold_isobn(loaded)(**batch()) - model(**batch())).abs().max() < 1e-6
+
+
+def test_head_of_another_kind_is_refused() -> None:
+    model = plain()
+    model.classifier = nn.Sequential(nn.Linear(32, 3))
+    with pytest.raises(ValueError, match=r"must be of torch\.nn\.Linear layers"):
+        apply_isobn(model)

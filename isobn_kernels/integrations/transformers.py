@@ -209,10 +209,8 @@ class _WithIsoBN(PreTrainedModel):
         """Give the scale to the weights and become the library's own model again; `isobn_kernels.fold_isobn` asks."""
         family = _FAMILIES[type(self)]
         output = self.get_submodule(family.output)
-        if not isinstance(output, _IsoBNLinear):
-            raise ValueError(
-                f"{family.output} is wrapped in a {type(output).__name__}: unwrap it (PEFT: merge_and_unload)"
-            )
+        if [module for module in self.modules() if isinstance(module, IsoBN)] != [getattr(output, "isobn", None)]:
+            raise ValueError(f"{family.output} of the model is wrapped: unwrap it first (PEFT: merge_and_unload)")
         fold_scale(output.isobn, output)
         self.set_submodule(family.dropout, output.dropout)
         for path in filter(None, (family.output, family.dense)):
