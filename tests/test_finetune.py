@@ -22,9 +22,12 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    GPT2Config,
+    GPT2Model,
 )
 
-from isobn_kernels.cli._data import TASKS, load_data
+from isobn_kernels.cli import _training
+from isobn_kernels.cli._data import TASKS, Data, load_data
 
 WORDS = ["good", "bad", "film", "book", "very", "not", "the", "a", "was", "it"]
 TINY = {
@@ -90,7 +93,7 @@ def sentences(count: int, seed: int) -> list[dict]:
 
 def run_finetune(encoder: Path, train: Path, dev: Path, output: Path, *more: str) -> dict:
     words = ["finetune", "--model", str(encoder), "--train-file", str(train), "--dev-file", str(dev)]
-    words += ["--output", str(output), "--max-length", "16", *more]
+    words += ["--output", str(output), "--max-length", "16", "--epochs", "3", "--seeds", "1", *more]
     assert cli.main(words) == 0
     return json.loads((output / "results.json").read_text())
 
@@ -135,14 +138,114 @@ def test_both_normalizers(encoder: Path, tmp_path: Path, capsys: pytest.CaptureF
         runs = [run["metrics"] for run in results["runs"] if run["normalizer"] == normalizer]
         assert accuracy == pytest.approx(max(runs, key=lambda metrics: metrics["f1"])["accuracy"])
         if normalizer == "isobn":
-            assert model.isobn.beta == 0.4
-            assert model.isobn.num_batches_tracked == 8
+            best = max(results["runs"], key=lambda run: (run["normalizer"] == "isobn", run["metrics"]["f1"]))
+            assert model.classifier.isobn.beta == 0.4
+            assert model.classifier.isobn.num_batches_tracked == 4 * best["best_epoch"]
+
+
+def scored(count: int, seed: int) -> list[dict]:
+    """Pairs of sentences with a score, 5 where the first words are the same and less where they are not."""
+    return [{**row, "label": 4.5 * row["label"] + 0.25 * (row["idx"] % 3)} for row in pairs(count, seed)]
+
+
+def test_regression(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train = write_rows(tmp_path / "train.jsonl", scored(96, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", scored(40, 1))
+    more = ["--task", "stsb", "--epochs", "10", "--patience", "10", "--learning-rate", "2e-3"]
+    results = run_finetune(encoder, train, dev, tmp_path / "out", *more)
+    (run,) = results["runs"]
+    assert list(run["metrics"]) == ["pearson", "spearman"]
+    assert run["metrics"]["pearson"] > 0.3
+    assert results["classes"] == []
+    assert "a number to predict" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "isobn")
+    assert model.config.problem_type == "regression"
+    assert model.config.num_labels == 1
+
+
+def test_training_stops_without_gain_and_keeps_the_best_epoch(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.6, 0.4, 0.6, 0.9, 0.7])
+    monkeypatch.setattr(Data, "compute_metrics", lambda self, prediction: {"accuracy": next(scores)})
+    train = write_rows(tmp_path / "train.jsonl", pairs(32, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", pairs(20, 1))
+    more = ["--epochs", "9", "--patience", "2"]
+    (run,) = run_finetune(encoder, train, dev, tmp_path / "out", *more)["runs"]
+    # Stopped after the fourth epoch, whose 0.6 is no gain; the fifth score is that of the model which was kept.
+    assert run["best_epoch"] == 2
+    assert run["metrics"]["accuracy"] == 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "isobn")
+    assert model.classifier.isobn.num_batches_tracked == 4
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resumed_runs_equal_uninterrupted_ones(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = write_rows(tmp_path / "train.jsonl", pairs(64, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", pairs(40, 1))
+    arguments = (encoder, train, dev)
+    more = ["--normalizer", "none", "isobn", "--learning-rate", "1e-3"]
+    expected = run_finetune(*arguments, tmp_path / "whole", *more)
+
+    class EarlyStoppingCallback(_training.EarlyStoppingCallback):
+        """Stops the second run in the middle of its third epoch. Of the same name, by which its state is found."""
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            if "isobn" in args.output_dir and state.global_step == 10:
+                raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "EarlyStoppingCallback", EarlyStoppingCallback)
+        with pytest.raises(Interrupted):
+            run_finetune(*arguments, tmp_path / "out", *more)
+    finished = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [run["normalizer"] for run in finished] == ["none"]
+
+    found = run_finetune(*arguments, tmp_path / "out", *more, "--resume")
+    assert found["runs"][0] == finished[0]
+    for a, b in zip(found["runs"], expected["runs"], strict=True):
+        assert {**a, "train_seconds": 0} == {**b, "train_seconds": 0}
+    for name in ("none", "isobn"):
+        weights = [(tmp_path / folder / name / "model.safetensors").read_bytes() for folder in ("out", "whole")]
+        assert weights[0] == weights[1], name
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+
+    # More seeds may be added later; other settings may not.
+    found = run_finetune(*arguments, tmp_path / "out", *more, "--seeds", "1", "2", "--resume")
+    assert [run["seed"] for run in found["runs"]] == [1, 1, 2, 2]
+    assert found["runs"][0] == finished[0]
+
+
+def test_resuming_with_other_settings_is_refused(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train = write_rows(tmp_path / "train.jsonl", pairs(16, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", pairs(8, 1))
+    run_finetune(encoder, train, dev, tmp_path / "out", "--epochs", "1")
+    words = ["finetune", "--model", str(encoder), "--train-file", str(train), "--dev-file", str(dev)]
+    words += ["--output", str(tmp_path / "out"), "--max-length", "16", "--epochs", "2", "--seeds", "1", "--resume"]
+    assert cli.main(words) == 2
+    assert "--resume: --epochs was 1, now 2" in capsys.readouterr().err
+
+
+def test_models_that_do_not_fit(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train = write_rows(tmp_path / "train.jsonl", pairs(16, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", pairs(8, 1))
+    run_finetune(encoder, train, dev, tmp_path / "out", "--epochs", "1")
+    other = tmp_path / "gpt2"
+    GPT2Model(GPT2Config(vocab_size=15, n_embd=8, n_head=2, n_layer=1)).save_pretrained(other)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(other)
+    for model, message in [(tmp_path / "out" / "isobn", "has IsoBN already"), (other, "expected one of Albert")]:
+        words = ["finetune", "--model", str(model), "--train-file", str(train), "--dev-file", str(dev)]
+        assert cli.main([*words, "--output", str(tmp_path / "out2")]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_csv_with_words_for_labels(encoder: Path, tmp_path: Path) -> None:
     train = write_rows(tmp_path / "train.csv", sentences(48, 0))
     dev = write_rows(tmp_path / "dev.csv", sentences(20, 1))
-    more = ["--epochs", "10", "--learning-rate", "1e-3", "--max-train-samples", "40"]
+    more = ["--epochs", "10", "--patience", "10", "--learning-rate", "2e-3", "--max-train-samples", "40"]
     results = run_finetune(encoder, train, dev, tmp_path / "out", *more)
     assert results["classes"] == ["is bad", "is good"]
     assert results["rows"] == {"train": 40, "dev": 20}
@@ -209,6 +312,7 @@ def test_metrics_by_hand(task: str, metrics: list[str], tmp_path: Path) -> None:
 
 
 GOOD = {"sentence": "it was good", "label": 1}
+PAIR = {"sentence1": "it was good", "sentence2": "it was bad", "label": 1}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +321,8 @@ GOOD = {"sentence": "it was good", "label": 1}
         ([{"text": "it", "label": 1}] * 3, [], "has the fields 'text', 'label'; expected 'sentence'"),
         ([{"sentence": "it"}] * 3, [], "'label' missing"),
         ([GOOD] * 3, ["--task", "rte"], "'sentence1', 'sentence2' missing of the expected"),
+        ([PAIR, {**PAIR, "label": "low"}], ["--task", "stsb"], "'label' of row 2 is 'low'; expected a number"),
+        ([PAIR, {**PAIR, "label": None}], ["--task", "stsb"], "'label' of row 2 is None; expected a number"),
         ([GOOD], [], "has 1 rows; at least 2"),
         ([GOOD] * 3, [], "every label is 1"),
         ([GOOD, {"sentence": None, "label": 0}], [], "'sentence' of row 2 is None; expected text"),
@@ -235,7 +341,7 @@ def test_bad_data(
     rows: list[dict], more: list[str], message: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     train = write_rows(tmp_path / "train.jsonl", rows)
-    dev = write_rows(tmp_path / "dev.jsonl", [GOOD, {"sentence": "it", "label": 5}])
+    dev = write_rows(tmp_path / "dev.jsonl", [{**PAIR, **GOOD}, {**PAIR, "sentence": "it", "label": 5}])
     words = ["finetune", "--model", str(encoder), "--train-file", str(train), "--dev-file", str(dev)]
     assert cli.main([*words, "--output", str(tmp_path / "out"), *more]) == 2
     assert message in capsys.readouterr().err
