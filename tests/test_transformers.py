@@ -18,6 +18,7 @@ pytest.importorskip("transformers", reason='needs pip install "isobn_kernels[fin
 pytest.importorskip("accelerate", reason='needs pip install "isobn_kernels[finetune]"')
 
 import transformers
+from accelerate import hooks
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from isobn_kernels.integrations.transformers import apply_isobn, output_layer, register_family
@@ -89,13 +90,16 @@ def assert_same_state(found, expected) -> None:
 
 
 def test_weights_keep_their_names_and_values(family: str) -> None:
-    model = plain(family)
+    model = plain(family).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert apply_isobn(model) is model
     after = model.state_dict()
     statistics = {name for name in after if ".isobn." in name}
     assert {name.rpartition(".")[2] for name in statistics} == {name for name, _ in IsoBN(1).named_buffers()}
     assert_same_state({name: after[name] for name in after.keys() - statistics}, before)
+    # In the mode that the model was in.
+    model(**batch())
+    assert isobn_of(model).num_batches_tracked == 0
 
 
 def test_only_the_scale_is_new(family: str) -> None:
@@ -391,5 +395,19 @@ def test_registered_family(tmp_path: Path) -> None:
 def test_head_of_another_kind_is_refused() -> None:
     model = plain()
     model.classifier = nn.Sequential(nn.Linear(32, 3))
-    with pytest.raises(ValueError, match=r"must be of torch\.nn\.Linear layers"):
+    with pytest.raises(ValueError, match=r"must be of plain torch\.nn\.Linear layers"):
         apply_isobn(model)
+
+
+def test_hooks_of_accelerate_are_not_gone_past() -> None:
+    model = plain()
+    hooks.add_hook_to_module(model.classifier, hooks.ModelHook())
+    with pytest.raises(ValueError, match="before anything else is done to the model"):
+        apply_isobn(model)
+    hooks.remove_hook_from_module(model, recurse=True)
+    model = trained()
+    hooks.add_hook_to_module(model.classifier, hooks.ModelHook())
+    with pytest.raises(ValueError, match="remove_hook_from_module"):
+        fold_isobn(model)
+    hooks.remove_hook_from_module(model, recurse=True)
+    fold_isobn(model)

@@ -211,11 +211,15 @@ class _WithIsoBN(PreTrainedModel):
         output = self.get_submodule(family.output)
         if [module for module in self.modules() if isinstance(module, IsoBN)] != [getattr(output, "isobn", None)]:
             raise ValueError(f"{family.output} of the model is wrapped: unwrap it first (PEFT: merge_and_unload)")
+        if _is_hooked(output):
+            raise ValueError(
+                f"{family.output} has hooks of accelerate: remove_hook_from_module(model, recurse=True) first"
+            )
         fold_scale(output.isobn, output)
         self.set_submodule(family.dropout, output.dropout)
         for path in filter(None, (family.output, family.dense)):
             linear = self.get_submodule(path)
-            linear.__class__ = nn.Linear
+            _become(linear, nn.Linear)
             del linear.dropout
         del output.isobn
         self.config.__class__ = self._plain_class.config_class
@@ -227,17 +231,30 @@ def _insert(model: PreTrainedModel, family: _Family, options: dict[str, Any]) ->
     output, dropout = model.get_submodule(family.output), model.get_submodule(family.dropout)
     linears = [output] if family.dense is None else [output, model.get_submodule(family.dense)]
     for linear in linears:
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"the head of {type(model).__name__} must be of torch.nn.Linear layers, got {linear}")
+        if type(linear) is not nn.Linear or _is_hooked(linear):
+            raise ValueError(
+                f"the head of {type(model).__name__} must be of plain torch.nn.Linear layers, got {linear}: "
+                "apply IsoBN before anything else is done to the model (quantization, device_map, offloading)"
+            )
     isobn = IsoBN(output.in_features, device=output.weight.device, **options)
     # Nothing is changed before all of it is there. The classes are swapped, so that parameters, their names and
     # whatever is attached to the layers stay as they are; modules, unlike hooks, survive deepcopy and pickle.
     model.set_submodule(family.dropout, nn.Identity())
     for linear in linears:
-        linear.__class__ = _DropoutLinear
+        _become(linear, _DropoutLinear)
         linear.dropout = dropout
-    output.__class__ = _IsoBNLinear
+    _become(output, _IsoBNLinear)
     output.isobn = isobn.train(output.training)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own, which would go past IsoBN: accelerate dispatches models that way."""
+    return vars(module).get("forward", module.forward) != type(module).forward.__get__(module)
+
+
+def _become(module: nn.Module, module_class: type[nn.Module]) -> None:
+    vars(module).pop("forward", None)  # that of the old class, which removed hooks leave behind
+    module.__class__ = module_class
 
 
 def _family(model: PreTrainedModel) -> _Family:
