@@ -71,7 +71,9 @@ def isobn(
     Raises:
         TypeError: a dtype is not one of the above, or dtypes do not go together.
         ValueError: a shape, device, layout or number is not as above. The statistics are untouched.
-        RuntimeError: ``backend`` names one that cannot run here or cannot take ``x``.
+        RuntimeError: ``backend`` names one that cannot run here or cannot take ``x``; or `torch.vmap` maps over a
+            training step.
+        NotImplementedError: ``stop_gradient=False`` in forward-mode differentiation.
 
     Example:
         >>> import torch
@@ -107,6 +109,10 @@ def isobn(
     transformed = _is_transformed()
     needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
     if needs_grad and not stop_gradient:
+        if transformed and torch.compiler.is_compiling():
+            raise NotImplementedError("stop_gradient=False under torch.func cannot be compiled: call it uncompiled")
+        if transformed:
+            _Refusal.apply(rows)
         out = _TrainThroughStatistics.apply(rows, *args)[0]
     elif transformed or (needs_grad and _is_small(x)):
         out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype).contiguous()
@@ -136,8 +142,40 @@ class _Train(torch.autograd.Function):
         return _apply_scale(dout, saved_scale, ctx.backend), None
 
 
+def _refuse_vmap(*_: Any) -> None:
+    raise RuntimeError(
+        "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. Put the layer "
+        "into evaluation mode first (layer.eval(), or training=False), or write a loop in place of torch.vmap"
+    )
+
+
+class _Refusal(torch.autograd.Function):
+    """Raises under forward-mode differentiation, for which `_TrainThroughStatistics` has no rule.
+
+    That one could not raise itself: torch asks for ``jvp`` after the forward, which has updated the statistics by then.
+    """
+
+    vmap = staticmethod(_refuse_vmap)
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "stop_gradient=False has no forward-mode derivative: use reverse mode (torch.func.vjp, backward), "
+            "or stop_gradient=True"
+        )
+
+
 class _TrainThroughStatistics(torch.autograd.Function):
     """``stop_gradient=False``: the backward also needs x and the statistics as this forward left them."""
+
+    vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
@@ -237,6 +275,9 @@ def _(dout: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+torch.library.register_vmap("isobn_kernels::train_forward", _refuse_vmap, lib=_LIBRARY)
+
+
 def _train_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     run = _train_forward_here if _is_plain(x) else torch.ops.isobn_kernels.train_forward
     return run(x, *args)
@@ -260,10 +301,11 @@ def _apply_scale(dout: Tensor, scale: Tensor, backend: str) -> Tensor:
 
 
 def _is_transformed() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
-    return not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Whether a `torch.func` transform or forward-mode differentiation is under way, while compiling too.
+
+    The compiler does not tell: to it, x.requires_grad is False under `torch.func.grad`.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _is_small(x: Tensor) -> bool:
