@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler here and now
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -110,10 +111,14 @@ def isobn(
     needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
     if needs_grad and not stop_gradient:
         if transformed and torch.compiler.is_compiling():
-            raise NotImplementedError("stop_gradient=False under torch.func cannot be compiled: call it uncompiled")
+            raise NotImplementedError(
+                "torch.compile of a torch.func transform with stop_gradient=False is not supported: "
+                "call it uncompiled, or put the layer into evaluation mode"
+            )
         if transformed:
             _Refusal.apply(rows)
-        out = _TrainThroughStatistics.apply(rows, *args)[0]
+        function = _TransformedThroughStatistics if transformed else _TrainThroughStatistics
+        out = function.apply(rows, *args)[0]
     elif transformed or (needs_grad and _is_small(x)):
         out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype).contiguous()
     elif needs_grad:
@@ -144,9 +149,37 @@ class _Train(torch.autograd.Function):
 
 def _refuse_vmap(*_: Any) -> None:
     raise RuntimeError(
-        "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. Put the layer "
-        "into evaluation mode first (layer.eval(), or training=False), or write a loop in place of torch.vmap"
+        "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. "
+        "Put the layer into evaluation mode (layer.eval(), or training=False), or write a loop in place of torch.vmap"
     )
+
+
+class _TrainThroughStatistics(torch.autograd.Function):
+    """``stop_gradient=False``: the backward also needs x and the statistics as this forward left them."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        _, running_cov, running_std, _, num_batches_tracked = args[:5]
+        out, saved_scale = _train_forward(*args)
+        count = None if num_batches_tracked is None else num_batches_tracked.clone()
+        return out, saved_scale, running_cov.clone(), running_std.clone(), count
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        copies = output[1:]
+        ctx.mark_non_differentiable(*(copy for copy in copies if copy is not None))
+        ctx.save_for_backward(inputs[0], *copies)
+        ctx.options = inputs[5:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, scale, running_cov, running_std, count = ctx.saved_tensors
+        if x.shape[0] < 2:
+            dx = _apply_scale(dout, scale, ctx.options[-1])
+        else:
+            dx = _train_backward(dout, x, running_cov, running_std, scale, count, *ctx.options)
+        return dx, *[None] * 9
 
 
 class _Refusal(torch.autograd.Function):
@@ -172,34 +205,16 @@ class _Refusal(torch.autograd.Function):
         )
 
 
-class _TrainThroughStatistics(torch.autograd.Function):
-    """``stop_gradient=False``: the backward also needs x and the statistics as this forward left them."""
+class _TransformedThroughStatistics(_TrainThroughStatistics):
+    """The same under `torch.func`.
+
+    Where torch.compile has given up on the transform it still compiles what is called inside, piece by piece: autograd
+    refuses what it makes of these two.
+    """
 
     vmap = staticmethod(_refuse_vmap)
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        _, running_cov, running_std, _, num_batches_tracked = args[:5]
-        out, saved_scale = _train_forward(*args)
-        count = None if num_batches_tracked is None else num_batches_tracked.clone()
-        return out, saved_scale, running_cov.clone(), running_std.clone(), count
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        copies = output[1:]
-        ctx.mark_non_differentiable(*(copy for copy in copies if copy is not None))
-        ctx.save_for_backward(inputs[0], *copies)
-        ctx.options = inputs[5:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, scale, running_cov, running_std, count = ctx.saved_tensors
-        if x.shape[0] < 2:
-            dx = _apply_scale(dout, scale, ctx.options[-1])
-        else:
-            dx = _train_backward(dout, x, running_cov, running_std, scale, count, *ctx.options)
-        return dx, *[None] * 9
+    forward = staticmethod(_disable_dynamo(_TrainThroughStatistics.forward))
+    backward = staticmethod(_disable_dynamo(_TrainThroughStatistics.backward))
 
 
 # ---- Registered ops: what torch.compile, export, tracing and dispatch modes see ----
@@ -255,9 +270,10 @@ def _train_backward_here(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return backends.select(backend, x).train_backward(dout, x, *args)
 
 
-_LIBRARY.impl("train_forward", _train_forward_here, "CompositeExplicitAutograd")
-_LIBRARY.impl("compute_scale", _compute_scale_here, "CompositeExplicitAutograd")
-_LIBRARY.impl("train_backward", _train_backward_here, "CompositeExplicitAutograd")
+# Where torch.compile has given up on a function it still compiles what is called inside: kernels are not for it.
+_LIBRARY.impl("train_forward", _disable_dynamo(_train_forward_here), "CompositeExplicitAutograd")
+_LIBRARY.impl("compute_scale", _disable_dynamo(_compute_scale_here), "CompositeExplicitAutograd")
+_LIBRARY.impl("train_backward", _disable_dynamo(_train_backward_here), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("isobn_kernels::train_forward", lib=_LIBRARY)
