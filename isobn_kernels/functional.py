@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import the compiler here and now
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -71,7 +72,9 @@ def isobn(
     Raises:
         TypeError: a dtype is not one of the above, or dtypes do not go together.
         ValueError: a shape, device, layout or number is not as above. The statistics are untouched.
-        RuntimeError: ``backend`` names one that cannot run here or cannot take ``x``.
+        RuntimeError: ``backend`` names one that cannot run here or cannot take ``x``; or `torch.vmap` maps over a
+            training step.
+        NotImplementedError: ``stop_gradient=False`` in forward-mode differentiation.
 
     Example:
         >>> import torch
@@ -107,7 +110,15 @@ def isobn(
     transformed = _is_transformed()
     needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
     if needs_grad and not stop_gradient:
-        out = _TrainThroughStatistics.apply(rows, *args)[0]
+        if transformed and torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "torch.compile of a torch.func transform with stop_gradient=False is not supported: "
+                "call it uncompiled, or put the layer into evaluation mode"
+            )
+        if transformed:
+            _Refusal.apply(rows)
+        function = _TransformedThroughStatistics if transformed else _TrainThroughStatistics
+        out = function.apply(rows, *args)[0]
     elif transformed or (needs_grad and _is_small(x)):
         out = (rows * _train_forward(rows.detach(), *args)[1]).to(x.dtype).contiguous()
     elif needs_grad:
@@ -136,6 +147,13 @@ class _Train(torch.autograd.Function):
         return _apply_scale(dout, saved_scale, ctx.backend), None
 
 
+def _refuse_vmap(*_: Any) -> None:
+    raise RuntimeError(
+        "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. "
+        "Put the layer into evaluation mode (layer.eval(), or training=False), or write a loop in place of torch.vmap"
+    )
+
+
 class _TrainThroughStatistics(torch.autograd.Function):
     """``stop_gradient=False``: the backward also needs x and the statistics as this forward left them."""
 
@@ -162,6 +180,41 @@ class _TrainThroughStatistics(torch.autograd.Function):
         else:
             dx = _train_backward(dout, x, running_cov, running_std, scale, count, *ctx.options)
         return dx, *[None] * 9
+
+
+class _Refusal(torch.autograd.Function):
+    """Raises under forward-mode differentiation, for which `_TrainThroughStatistics` has no rule.
+
+    That one could not raise itself: torch asks for ``jvp`` after the forward, which has updated the statistics by then.
+    """
+
+    vmap = staticmethod(_refuse_vmap)
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise NotImplementedError(
+            "stop_gradient=False has no forward-mode derivative: use reverse mode (torch.func.vjp, backward), "
+            "or stop_gradient=True"
+        )
+
+
+class _TransformedThroughStatistics(_TrainThroughStatistics):
+    """The same under `torch.func`.
+
+    Where torch.compile has given up on the transform it still compiles what is called inside, piece by piece: autograd
+    refuses what it makes of these two.
+    """
+
+    vmap = staticmethod(_refuse_vmap)
+    forward = staticmethod(_disable_dynamo(_TrainThroughStatistics.forward))
+    backward = staticmethod(_disable_dynamo(_TrainThroughStatistics.backward))
 
 
 # ---- Registered ops: what torch.compile, export, tracing and dispatch modes see ----
@@ -217,9 +270,10 @@ def _train_backward_here(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return backends.select(backend, x).train_backward(dout, x, *args)
 
 
-_LIBRARY.impl("train_forward", _train_forward_here, "CompositeExplicitAutograd")
-_LIBRARY.impl("compute_scale", _compute_scale_here, "CompositeExplicitAutograd")
-_LIBRARY.impl("train_backward", _train_backward_here, "CompositeExplicitAutograd")
+# Where torch.compile has given up on a function it still compiles what is called inside: kernels are not for it.
+_LIBRARY.impl("train_forward", _disable_dynamo(_train_forward_here), "CompositeExplicitAutograd")
+_LIBRARY.impl("compute_scale", _disable_dynamo(_compute_scale_here), "CompositeExplicitAutograd")
+_LIBRARY.impl("train_backward", _disable_dynamo(_train_backward_here), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("isobn_kernels::train_forward", lib=_LIBRARY)
@@ -235,6 +289,9 @@ def _(running_cov: Tensor, running_std: Tensor, *_: Any) -> Tensor:
 @torch.library.register_fake("isobn_kernels::train_backward", lib=_LIBRARY)
 def _(dout: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+torch.library.register_vmap("isobn_kernels::train_forward", _refuse_vmap, lib=_LIBRARY)
 
 
 def _train_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -260,10 +317,11 @@ def _apply_scale(dout: Tensor, scale: Tensor, backend: str) -> Tensor:
 
 
 def _is_transformed() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is under way."""
-    return not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Whether a `torch.func` transform or forward-mode differentiation is under way, while compiling too.
+
+    The compiler does not tell: to it, x.requires_grad is False under `torch.func.grad`.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _is_small(x: Tensor) -> bool:
