@@ -392,6 +392,7 @@ def test_functional_call_updates_the_state_it_is_given(case, stop_gradient):
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
     for name, buffer in plain.named_buffers():
         assert same_bits(buffers[name], buffer), name
+    assert buffers["norm.running_cov"].any()
     assert net.norm.num_batches_tracked == 0
 
 
