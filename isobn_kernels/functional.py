@@ -110,13 +110,8 @@ def isobn(
     transformed = _is_transformed()
     needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
     if needs_grad and not stop_gradient:
-        if transformed and torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "torch.compile of a torch.func transform with stop_gradient=False is not supported: "
-                "call it uncompiled, or put the layer into evaluation mode"
-            )
         if transformed:
-            _Refusal.apply(rows)
+            _refuse_transforms_without_a_rule(rows)
         function = _TransformedThroughStatistics if transformed else _TrainThroughStatistics
         out = function.apply(rows, *args)[0]
     elif transformed or (needs_grad and _is_small(x)):
@@ -182,12 +177,17 @@ class _TrainThroughStatistics(torch.autograd.Function):
         return dx, *[None] * 9
 
 
-class _Refusal(torch.autograd.Function):
-    """Raises under forward-mode differentiation, for which `_TrainThroughStatistics` has no rule.
+def _refuse_transforms_without_a_rule(x: Tensor) -> None:
+    """What `_TrainThroughStatistics` cannot do. It could not refuse ``jvp`` itself: that comes after its forward."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile of a torch.func transform with stop_gradient=False is not supported: "
+            "call it uncompiled, or put the layer into evaluation mode"
+        )
+    _ForwardModeRefused.apply(x)
 
-    That one could not raise itself: torch asks for ``jvp`` after the forward, which has updated the statistics by then.
-    """
 
+class _ForwardModeRefused(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
@@ -208,8 +208,8 @@ class _Refusal(torch.autograd.Function):
 class _TransformedThroughStatistics(_TrainThroughStatistics):
     """The same under `torch.func`.
 
-    Where torch.compile has given up on the transform it still compiles what is called inside, piece by piece: autograd
-    refuses what it makes of these two.
+    Where torch.compile has given up on the transform it still compiles what is called inside, piece by piece: of
+    these two it makes what autograd then refuses.
     """
 
     vmap = staticmethod(_refuse_vmap)

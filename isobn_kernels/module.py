@@ -110,7 +110,7 @@ class IsoBN(nn.Module):
 
     @torch.no_grad()
     def refresh_scale(self) -> None:
-        """Recompute ``scale`` from the statistics, after these were edited or loaded by hand."""
+        """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
         self.scale.copy_(
             _compute_scale(
                 self.running_cov,
