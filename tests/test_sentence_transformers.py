@@ -51,7 +51,7 @@ def make_model(encoder: Path, *more: torch.nn.Module, **options) -> SentenceTran
 def step(model: SentenceTransformer, *batches: list[str]) -> list[torch.Tensor]:
     """A training forward of each batch."""
     model.train()
-    return [model(model.tokenize(texts))["sentence_embedding"] for texts in batches]
+    return [model(model.preprocess(texts))["sentence_embedding"] for texts in batches]
 
 
 def embed(model: SentenceTransformer) -> torch.Tensor:
