@@ -10,7 +10,7 @@ import isobn_kernels
 from isobn_kernels import cli
 from isobn_kernels.cli import demo, finetune
 
-OPTIONAL = sorted({*demo.MODULES, "numpy"})
+OPTIONAL = sorted({*demo.MODULES, "numpy", "sentence_transformers"})
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -32,7 +32,8 @@ def test_info_without_extras() -> None:
     names = ("isobn_kernels._C", "isobn_kernels._cuda", "ISOBN_CPU_ISA", "ISOBN_BACKEND")
     for text in ("isobn_kernels", "torch", "cpu", "cuda", "reference", "threads", *names):
         assert text in process.stdout
-    assert 'pip install "isobn_kernels[finetune]"' in process.stdout
+    for extra in ("finetune", "demo", "sentence-transformers"):
+        assert f'pip install "isobn_kernels[{extra}]"' in process.stdout
     assert any("ISOBN_BACKEND" in line and line.endswith("reference") for line in process.stdout.splitlines())
 
 
@@ -70,11 +71,18 @@ def test_missing_extra(command: str) -> None:
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("module", ["integrations.transformers", "isotropy.plots"])
-def test_optional_modules_name_the_extra(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("integrations.transformers", "finetune"),
+        ("integrations.sentence_transformers", "sentence-transformers"),
+        ("isotropy.plots", "finetune"),
+    ],
+)
+def test_optional_modules_name_the_extra(module: str, extra: str) -> None:
     process = run_python(f"import isobn_kernels.isotropy, isobn_kernels.integrations\nimport isobn_kernels.{module}")
     assert "ModuleNotFoundError" in process.stderr
-    assert 'pip install "isobn_kernels[finetune]"' in process.stderr
+    assert f'pip install "isobn_kernels[{extra}]"' in process.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["info", "--help"], ["demo", "--help"], ["finetune", "--help"]])

@@ -16,6 +16,11 @@ from isobn_kernels import backends
 from isobn_kernels.cli import demo, finetune
 from isobn_kernels.cli._errors import missing_modules
 
+_EXTRAS = {
+    "finetune": finetune.MODULES,
+    "demo": demo.MODULES,
+    "sentence-transformers": ("accelerate", "datasets", "sentence_transformers"),
+}
 _VARIABLES = {
     "ISOBN_BACKEND": 'the backend that "auto" means',
     "ISOBN_CPU_ISA": "instruction set of the cpu backend",
@@ -102,7 +107,7 @@ def _cuda_extension() -> dict[str, str]:
 
 def _extras() -> dict[str, str]:
     lines = {}
-    for extra, modules in (("finetune", finetune.MODULES), ("demo", demo.MODULES)):
+    for extra, modules in _EXTRAS.items():
         missing = missing_modules(modules)
         lines[extra] = f'missing {", ".join(missing)}: pip install "isobn_kernels[{extra}]"' if missing else "installed"
     return lines
