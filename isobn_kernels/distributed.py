@@ -25,7 +25,7 @@ from isobn_kernels import backends, reference
 
 def train(rows: Tensor, args: tuple[Any, ...], process_group: Any, stop_gradient: bool) -> Tensor:
     """``isobn(rows, training=True)`` over the ranks of a group; ``args`` as for the op ``train_forward``."""
-    args = (*args, process_group.group_name)
+    args = (*args, process_group.group_name, not stop_gradient)
     if stop_gradient:
         scale = torch.ops.isobn_kernels.synced_forward(rows.detach(), *args)[0]
         return (rows * scale).to(rows.dtype).contiguous()
@@ -68,13 +68,13 @@ class _ThroughStatistics(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         ctx.save_for_backward(inputs[0], *output[1:])
-        ctx.options = inputs[5:]
+        ctx.options = inputs[5:11]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dx = torch.ops.isobn_kernels.synced_backward(dout, *ctx.saved_tensors, *ctx.options)
-        return dx, *[None] * 10
+        return dx, *[None] * 11
 
 
 # ---- Registered ops, as in `isobn_kernels.functional`: one node to the compiler, which does not look inside ----
@@ -83,7 +83,7 @@ _LIBRARY = torch.library.Library("isobn_kernels", "FRAGMENT")
 _OPTIONS = "float momentum, float eps, float beta, bool bias_correction, str backend, str group"
 _LIBRARY.define(
     "synced_forward(Tensor x, Tensor(a!) running_cov, Tensor(b!) running_std, Tensor(c!)? scale, "
-    f"Tensor(d!)? num_batches_tracked, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"Tensor(d!)? num_batches_tracked, {_OPTIONS}, bool through_statistics) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "synced_backward(Tensor dout, Tensor x, Tensor running_cov, Tensor running_std, Tensor scale, "
@@ -103,15 +103,19 @@ def _forward_here(
     bias_correction: bool,
     backend: str,
     group: str,
+    through_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The scale of this step, and what its backward needs of the batch: ``(n, sum of x)`` and s, over all ranks."""
     options = (momentum, eps, beta, bias_correction)
     chosen = backends.select(backend, running_std)
-    # A recomputation: the first run did the update, and other ranks may not be recomputing.
-    if torch._C._current_graph_task_id() != -1:
+    # A forward inside a backward pass is a recomputation, whose first run did the update. It asks the other ranks,
+    # which are recomputing too, only for what a gradient through the statistics needs again.
+    recomputed = torch._C._current_graph_task_id() != -1
+    if recomputed:
         if scale is None:
             scale = chosen.compute_scale(running_cov, running_std, num_batches_tracked, *options)
-        return scale.clone(), *_no_update(x, running_std)
+        if not through_statistics:
+            return scale.clone(), *_no_batch(x, running_std)
 
     ranks = _ranks(group)
     dtype = running_cov.dtype
@@ -124,6 +128,9 @@ def _forward_here(
     dist.all_reduce(B, group=ranks)
     B = B / n
     s = B.diagonal().sqrt()
+    if recomputed:
+        assert scale is not None
+        return scale.clone(), sums, s
     updated = n >= 2
     C, sigma = reference.updated_statistics(running_cov, running_std, B, s, momentum)
     C = torch.where(updated, C, running_cov)
@@ -174,7 +181,7 @@ _LIBRARY.impl("synced_backward", _disable_dynamo(_backward_here), "CompositeExpl
 
 @torch.library.register_fake("isobn_kernels::synced_forward", lib=_LIBRARY)
 def _(x: Tensor, running_cov: Tensor, running_std: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return running_std.new_empty(running_std.shape), *_no_update(x, running_std)
+    return running_std.new_empty(running_std.shape), *_no_batch(x, running_std)
 
 
 @torch.library.register_fake("isobn_kernels::synced_backward", lib=_LIBRARY)
@@ -193,7 +200,7 @@ def _ranks(group: str) -> Any:
         ) from error
 
 
-def _no_update(x: Tensor, running_std: Tensor) -> tuple[Tensor, Tensor]:
+def _no_batch(x: Tensor, running_std: Tensor) -> tuple[Tensor, Tensor]:
     """``sums`` and ``s`` of no rows at all."""
     D = running_std.shape[0]
     return x.new_zeros(1 + D * (2 if x.dtype is torch.float64 else 1), dtype=torch.float64), torch.zeros_like(

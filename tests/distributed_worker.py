@@ -357,19 +357,20 @@ def ddp_without_a_group():
 @check
 def ddp_checkpointed():
     class Checkpointed(nn.Module):
-        def __init__(self):
+        def __init__(self, **options):
             super().__init__()
-            self.inner = IsoBN.convert_sync_isobn(classifier())
+            self.inner = IsoBN.convert_sync_isobn(classifier(**options))
 
         def forward(self, x):
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    model = train(DistributedDataParallel(Checkpointed()))
-    plain = train(DistributedDataParallel(IsoBN.convert_sync_isobn(classifier())))
-    for (name, found), expected in zip(
-        model.module.inner.state_dict().items(), plain.module.state_dict().values(), strict=True
-    ):
-        assert same_bits(found, expected), name
+    for options in ({}, {"stop_gradient": False}):
+        model = train(DistributedDataParallel(Checkpointed(**options)))
+        plain = train(DistributedDataParallel(IsoBN.convert_sync_isobn(classifier(**options))))
+        for (name, found), expected in zip(
+            model.module.inner.state_dict().items(), plain.module.state_dict().values(), strict=True
+        ):
+            assert same_bits(found, expected), (name, options)
 
 
 @check
