@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from isobn_kernels import backends
+from isobn_kernels import backends, distributed
 
 # Up to so many elements, on a CPU, the default mode leaves its output and backward to plain PyTorch, as it does under a
 # function transform: a Python autograd Function costs more than the multiplication it saves (32x768: 194 -> 175 us).
@@ -64,7 +64,8 @@ def isobn(
         bias_correction: divide the statistics by ``1 - (1 - momentum) ** num_batches_tracked``, as Adam does.
         stop_gradient: treat the scale as a constant in the backward, as the paper does. With False, gradients flow
             through the batch statistics too; that backward is differentiable once.
-        process_group: statistics over the ranks of a `torch.distributed` group; not available yet.
+        process_group: statistics over the ranks of this `torch.distributed` group, each of which has to call this, with
+            any number of rows, as often as the others; None is this process alone.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -94,7 +95,7 @@ def isobn(
     if bias_correction and num_batches_tracked is None:
         raise ValueError("bias_correction=True needs num_batches_tracked, the () int64 tensor that counts updates")
     if process_group is not None:
-        raise NotImplementedError("process_group: statistics across ranks are not available yet; pass None")
+        distributed.check_group(process_group)
 
     if not training:
         if scale is None:
@@ -107,16 +108,13 @@ def isobn(
 
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     args = (running_cov, running_std, scale, num_batches_tracked, momentum, eps, beta, bias_correction, backend)
+    if process_group is not None:
+        return distributed.train(rows, args, process_group, stop_gradient).view(x.shape)
     transformed = _is_transformed()
     needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
     if needs_grad and not stop_gradient:
-        if transformed and torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "torch.compile of a torch.func transform with stop_gradient=False is not supported: "
-                "call it uncompiled, or put the layer into evaluation mode"
-            )
         if transformed:
-            _Refusal.apply(rows)
+            _refuse_transforms_without_a_rule(rows)
         function = _TransformedThroughStatistics if transformed else _TrainThroughStatistics
         out = function.apply(rows, *args)[0]
     elif transformed or (needs_grad and _is_small(x)):
@@ -182,12 +180,17 @@ class _TrainThroughStatistics(torch.autograd.Function):
         return dx, *[None] * 9
 
 
-class _Refusal(torch.autograd.Function):
-    """Raises under forward-mode differentiation, for which `_TrainThroughStatistics` has no rule.
+def _refuse_transforms_without_a_rule(x: Tensor) -> None:
+    """What `_TrainThroughStatistics` cannot do. It could not refuse ``jvp`` itself: that comes after its forward."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "torch.compile of a torch.func transform with stop_gradient=False is not supported: "
+            "call it uncompiled, or put the layer into evaluation mode"
+        )
+    _ForwardModeRefused.apply(x)
 
-    That one could not raise itself: torch asks for ``jvp`` after the forward, which has updated the statistics by then.
-    """
 
+class _ForwardModeRefused(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
@@ -208,8 +211,8 @@ class _Refusal(torch.autograd.Function):
 class _TransformedThroughStatistics(_TrainThroughStatistics):
     """The same under `torch.func`.
 
-    Where torch.compile has given up on the transform it still compiles what is called inside, piece by piece: autograd
-    refuses what it makes of these two.
+    Where torch.compile has given up on the transform it still compiles what is called inside, piece by piece: of
+    these two it makes what autograd then refuses.
     """
 
     vmap = staticmethod(_refuse_vmap)

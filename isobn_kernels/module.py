@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isobn_kernels import backends
+from isobn_kernels import backends, distributed
 from isobn_kernels.functional import _check_hyperparameters, _compute_scale, isobn
 
 
@@ -27,7 +28,8 @@ class IsoBN(nn.Module):
         beta: strength of the correction; 0 is none.
         bias_correction: divide the statistics by ``1 - (1 - momentum) ** num_batches_tracked``, as Adam does.
         stop_gradient: treat the scale as a constant in the backward, as the paper does.
-        process_group: statistics over the ranks of a `torch.distributed` group; not available yet.
+        process_group: statistics over the ranks of this `torch.distributed` group, each of which has to call the layer
+            as often as the others, with any number of rows; None is this process alone. See `convert_sync_isobn`.
         backend: "auto", or a name from `isobn_kernels.available_backends`.
         device: of the buffers.
 
@@ -83,8 +85,7 @@ class IsoBN(nn.Module):
             raise ValueError(f"num_features must be at least 1, got {num_features}")
         _check_hyperparameters(momentum, eps, beta)
         backends.check_name(backend)
-        if process_group is not None:
-            raise NotImplementedError("process_group: statistics across ranks are not available yet; pass None")
+        distributed.check_group(process_group)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -100,6 +101,41 @@ class IsoBN(nn.Module):
         self.register_buffer("num_batches_tracked", torch.empty((), device=device, dtype=torch.int64))
         self.reset_running_stats()
 
+    @classmethod
+    def convert_sync_isobn(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Give every IsoBN in ``module`` the statistics of all ranks, as `SyncBatchNorm.convert_sync_batchnorm` does.
+
+        The layers stay the same objects, with their statistics. Do it before wrapping the model in
+        `DistributedDataParallel`, on every rank. A copy of the model shares the group; a pickled one comes back without
+        it, and is converted anew.
+
+        Args:
+            module: a model with IsoBN in it, or an IsoBN.
+            process_group: the ranks; all (WORLD) where None.
+
+        Returns:
+            ``module`` itself.
+
+        Raises:
+            RuntimeError: there is no process group yet.
+            TypeError: ``process_group`` is not a group of this process.
+
+        Example:
+            >>> import torch.distributed as dist
+            >>> from isobn_kernels import IsoBN
+            >>> store = dist.HashStore()
+            >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)  # torchrun: without arguments
+            >>> IsoBN.convert_sync_isobn(torch.nn.Sequential(IsoBN(8), torch.nn.Linear(8, 2)))[0]
+            IsoBN(8, eps=0.001, momentum=0.05, beta=0.5, ranks=1)
+            >>> dist.destroy_process_group()
+        """
+        group = distributed.world() if process_group is None else process_group
+        distributed.check_group(group)
+        for layer in module.modules():
+            if isinstance(layer, cls):
+                layer.process_group = group
+        return module
+
     @torch.no_grad()
     def reset_running_stats(self) -> None:
         """Forget all batches: statistics 0, scale 1 (the identity in evaluation)."""
@@ -110,7 +146,7 @@ class IsoBN(nn.Module):
 
     @torch.no_grad()
     def refresh_scale(self) -> None:
-        """Recompute ``scale`` from the statistics, after these were edited or loaded by hand."""
+        """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
         self.scale.copy_(
             _compute_scale(
                 self.running_cov,
@@ -176,7 +212,19 @@ class IsoBN(nn.Module):
         for name, default in (("bias_correction", False), ("stop_gradient", True), ("backend", "auto")):
             if getattr(self, name) != default:
                 options += f", {name}={getattr(self, name)!r}"
+        if self.process_group is not None:
+            options += f", ranks={self.process_group.size()}"
         return options
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A group is of this process only.
+        return {**self.__dict__, "process_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IsoBN:
+        memo[id(self.process_group)] = self.process_group
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IsoBN:
         def keep_precision(buffer: Tensor) -> Tensor:

@@ -72,14 +72,10 @@ def train_forward(
 
     Updates the three statistics and the step counter in place; returns ``(out, scale)``, both fresh tensors.
     """
-    with _exact_float32_matmul(x):
+    with exact_float32_matmul(x):
         y, s = centre(x.to(running_cov.dtype))
-        B = sum(rows.T @ rows for rows in y.split(_ROWS)) / y.shape[0]  # (3)
-    seen = s.isfinite()
-    C = (1 - momentum) * running_cov + momentum * B  # (4)
-    C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
-    C = symmetric(C)
-    sigma = torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+        B = gram(y) / y.shape[0]  # (3)
+    C, sigma = updated_statistics(running_cov, running_std, B, s, momentum)
     w = correction_weight(None if num_batches_tracked is None else num_batches_tracked + 1, momentum, bias_correction)
     saved_scale = scale_of(C / w, sigma / w, eps, beta)
     out = apply_scale(x, saved_scale)
@@ -127,7 +123,32 @@ def train_backward(
 
     ``running_cov``, ``running_std`` and ``num_batches_tracked`` are copies taken right after the forward's update.
     """
-    N, D = x.shape
+    y, s = centre(x.to(running_cov.dtype))
+    g = (dout.to(running_cov.dtype) * x.to(running_cov.dtype)).sum(dim=0)
+    state = (running_cov, running_std, scale, num_batches_tracked)
+    return gradient(dout, g, y, s, x.shape[0], *state, momentum, eps, beta, bias_correction)
+
+
+def gradient(
+    dout: Tensor,
+    g: Tensor,
+    y: Tensor,
+    s: Tensor,
+    N: int | Tensor,
+    running_cov: Tensor,
+    running_std: Tensor,
+    scale: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+) -> Tensor:
+    """`train_backward` given ``g = sum_n dout_n x_n``, the centred rows and the deviations of a batch of N rows.
+
+    Of these rows ``dout`` and ``y`` may hold a part, for which the gradient is returned.
+    """
+    D = s.shape[0]
     dtype = running_cov.dtype
     w = correction_weight(num_batches_tracked, momentum, bias_correction)
     C, sigma = symmetric(running_cov) / w, running_std / w
@@ -141,7 +162,7 @@ def train_backward(
     r = (E / (E_prime + eps)).sqrt()
 
     # Scale is the constant 1 where E == 0: no gradient flows through it.
-    g = torch.where(E == 0, 0.0, (dout.to(dtype) * x.to(dtype)).sum(dim=0))
+    g = torch.where(E == 0, 0.0, g)
     dr = (g * t).sum()
     dE = torch.where(E == 0, 0.0, dr * r / (2 * E))
     dE_prime = -dr * r / (2 * (E_prime + eps))
@@ -155,13 +176,27 @@ def train_backward(
     h = du * gamma - (dR * R).sum(dim=1) * inv
 
     # A feature that this batch did not update passes no gradient to the batch.
-    y, s = centre(x.to(dtype))
     seen = s.isfinite()
     y = torch.where(seen, y, 0.0)
     h_over_s = torch.where(seen & (s > 0), h / s, 0.0)
-    with _exact_float32_matmul(x):
+    with exact_float32_matmul(y):
         dstatistics = torch.where(seen, y @ G + y * h_over_s, 0.0)
-    return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(x.dtype).contiguous()
+    return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(dout.dtype).contiguous()
+
+
+def updated_statistics(
+    running_cov: Tensor, running_std: Tensor, B: Tensor, s: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """(4): C and sigma after a batch, as fresh tensors; a feature whose ``s`` is not finite stays as it was."""
+    seen = s.isfinite()
+    C = (1 - momentum) * running_cov + momentum * B
+    C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
+    return symmetric(C), torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+
+
+def gram(y: Tensor) -> Tensor:
+    """y^T y, of (3)."""
+    return sum((rows.T @ rows for rows in y.split(_ROWS)), start=y.new_zeros(()))
 
 
 def scale_of(C: Tensor, sigma: Tensor, eps: float, beta: float) -> Tensor:
@@ -208,7 +243,7 @@ def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_
 
 
 @contextlib.contextmanager
-def _exact_float32_matmul(x: Tensor) -> Iterator[None]:
+def exact_float32_matmul(x: Tensor) -> Iterator[None]:
     """Matrix products inside are IEEE float32: no autocast, no TF32, no bf16 passes, whatever the user chose."""
     matmul = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     chosen = matmul.fp32_precision

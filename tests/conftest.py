@@ -41,6 +41,9 @@ def round_to_bfloat16_when_interpreting():
     InterpreterBuilder.cast_impl = cast
 
 
+# On a GPU, `poisoned_memory` below makes PyTorch refuse every matrix product unless this is set; read at the first one.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     round_to_bfloat16_when_interpreting()
 

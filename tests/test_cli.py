@@ -45,6 +45,17 @@ def test_info_without_the_extension() -> None:
         assert text in process.stdout
 
 
+@pytest.mark.parametrize("asked", ["baseline", "sse9"])
+def test_info_names_the_instruction_set_in_use(asked: str) -> None:
+    """One that cannot be followed turns the cpu backend off: then none is in use, whatever the extension would take."""
+    pytest.importorskip("isobn_kernels._C", reason="the compiled extension for CPUs")
+    process = run_python("from isobn_kernels.cli import main; sys.exit(main(['info']))", ISOBN_CPU_ISA=asked)
+    assert process.returncode == 0, process.stderr
+    (line,) = (line for line in process.stdout.splitlines() if line.split()[:2] == ["instruction", "set"])
+    expected = {"baseline": "baseline", "sse9": "none in use: the cpu backend is unavailable"}
+    assert line.removeprefix("  instruction set").strip() == expected[asked]
+
+
 def test_info_as_a_module() -> None:
     process = subprocess.run([sys.executable, "-m", "isobn_kernels", "info"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

@@ -4,7 +4,11 @@
 
 import csv
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,6 +221,54 @@ def test_resumed_runs_equal_uninterrupted_ones(encoder: Path, tmp_path: Path, mo
     found = run_finetune(*arguments, tmp_path / "out", *more, "--seeds", "1", "2", "--resume")
     assert [run["seed"] for run in found["runs"]] == [1, 1, 2, 2]
     assert found["runs"][0] == finished[0]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        (
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_equal_one(launcher: tuple[str, ...], tmp_path: Path, encoder: Path) -> None:
+    """Half the batch on each of two processes: the same steps, and the same statistics, as the whole batch on one."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # else each process draws its own
+    (folder / "config.json").write_text(json.dumps(config))
+    train = write_rows(tmp_path / "train.jsonl", pairs(64, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", pairs(41, 1))
+    one = run_finetune(folder, train, dev, tmp_path / "one", "--batch-size", "16")
+    words = ["finetune", "--model", str(folder), "--train-file", str(train), "--dev-file", str(dev), "--seeds", "1"]
+    words += ["--output", str(tmp_path / "two"), "--max-length", "16", "--epochs", "3", "--batch-size", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "isobn_kernels", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dev embeddings") == 1
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["runs"][0]["metrics"] == pytest.approx(one["runs"][0]["metrics"])
+    models = [AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "isobn") for name in ("one", "two")]
+    layers = [model.classifier.isobn for model in models]
+    assert layers[0].num_batches_tracked == layers[1].num_batches_tracked
+    for name in ("running_std", "scale"):
+        torch.testing.assert_close(getattr(layers[1], name), getattr(layers[0], name), rtol=1e-4, atol=0)
 
 
 def test_resuming_with_other_settings_is_refused(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -223,6 +223,88 @@ def test_compiled_with_cuda_graphs(backend):
     torch.testing.assert_close(compiled.running_cov, eager.running_cov, rtol=1e-5, atol=1e-7)
 
 
+def head(backend, stop_gradient):
+    """Linear, IsoBN, linear; always the same one. Dropout would draw other numbers in a graph."""
+    torch.manual_seed(0)
+    norm = IsoBN(64, backend=backend, stop_gradient=stop_gradient)
+    return torch.nn.Sequential(torch.nn.Linear(16, 64), norm, torch.nn.Linear(64, 2)).cuda().train()
+
+
+BOTH_MODES = pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
+
+
+def assert_close_models(a, b):
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@BOTH_MODES
+def test_whole_training_step_in_a_graph(backend, stop_gradient):
+    """Forward, backward and optimizer captured once and replayed on other batches."""
+    eager, captured = head(backend, stop_gradient), head(backend, stop_gradient)
+    start = {name: tensor.clone() for name, tensor in captured.state_dict().items()}
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05) for net in (eager, captured)]
+    x = random_batch(32, 16)
+
+    def step(net, optimizer, x):
+        optimizer.zero_grad(set_to_none=False)
+        net(x).square().mean().backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(captured, optimizers[1], x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(captured, optimizers[1], x)
+    captured.load_state_dict(start)  # copies into the tensors that the graph writes
+    for seed in range(4):
+        value = random_batch(32, 16) + seed
+        step(eager, optimizers[0], value)
+        x.copy_(value)
+        graph.replay()
+    assert_close_models(captured, eager)
+    assert captured[1].num_batches_tracked.item() == 4
+
+
+@BOTH_MODES
+def test_make_graphed_callables(backend, stop_gradient):
+    """It warms up with steps of its own, which count as updates: the state is put back afterwards."""
+    eager, graphed = head(backend, stop_gradient), head(backend, stop_gradient)
+    start = {name: tensor.clone() for name, tensor in graphed.state_dict().items()}
+    run = torch.cuda.make_graphed_callables(graphed, (random_batch(32, 16),))
+    graphed.load_state_dict(start)
+    for seed in range(3):
+        x = random_batch(32, 16) + seed
+        for net, forward in ((eager, eager), (graphed, run)):
+            net.zero_grad()
+            forward(x).square().mean().backward()
+        for p, q in zip(graphed.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+    assert_close_models(graphed, eager)
+
+
+@BOTH_MODES
+def test_compiled_training_with_cuda_graphs(backend, stop_gradient):
+    """The backward too, and two batch sizes."""
+    torch._dynamo.reset()
+    eager, compiled = head(backend, stop_gradient), head(backend, stop_gradient)
+    run = torch.compile(compiled, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):
+        for N in (32, 48):
+            x = random_batch(N, 16) + seed
+            torch.compiler.cudagraph_mark_step_begin()
+            for net, forward in ((eager, eager), (compiled, run)):
+                net.zero_grad()
+                forward(x).square().mean().backward()
+            for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    assert_close_models(compiled, eager)
+
+
 def test_a_training_step_is_one_launch():
     """For the CUDA kernels, wherever they serve the sizes that people train with."""
     cuda = backends.load("cuda")

@@ -33,6 +33,8 @@ from isobn_kernels.isotropy import measure
 
 BEFORE, AFTER, SCALED = "before training", "after training", "after scaling"
 _MAX_LENGTH = 256  # the paper's
+# Over several processes without a GPU both accelerate and the Trainer have to be told that this is meant.
+_ON_CPU = not torch.accelerator.is_available()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Run:
     pooler_is_new: bool
     best_epoch: int
     train_seconds: float
+
+
+def processes() -> PartialState:
+    """This process among those that were started with it, by torchrun or accelerate; or alone."""
+    return PartialState(cpu=_ON_CPU)
 
 
 def train_all(
@@ -74,13 +81,13 @@ def train_all(
         CommandError: there is no such model, apply_isobn does not know it, ``max_length`` is beyond it, or training
             diverged.
     """
-    processes = PartialState()
+    here = processes()
     tokenizer, max_length = _load_tokenizer(model_name, max_length)
 
     def tokenize(rows: dict[str, Any]) -> Any:
         return tokenizer(*(rows[field] for field in data.fields), truncation=True, max_length=max_length)
 
-    with processes.main_process_first():  # the others find its cached result
+    with here.main_process_first():  # the others find its cached result
         train, dev = (split.map(tokenize, batched=True, remove_columns=data.fields) for split in (data.train, data.dev))
     best = dict.fromkeys(normalizers, -float("inf"))
     for seed in seeds:
@@ -92,14 +99,14 @@ def train_all(
                 yield run, torch.load(folder / "embeddings.pt") if seed == seeds[0] else {}
                 continue
             checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-            if processes.is_main_process:
+            if here.is_main_process:
                 print(f"\nnormalizer {normalizer}, seed {seed}{', going on' if checkpoint else ''}", flush=True)
             # Before the model is made, for the new head: the normalizers start from the same weights.
             set_seed(seed)
             model, pooler_is_new = _load_model(model_name, data)
             if normalizer == "isobn":
                 apply_isobn(model, **isobn_options)
-                if processes.num_processes > 1:
+                if here.num_processes > 1:
                     IsoBN.convert_sync_isobn(model)
             trainer = Trainer(
                 model=model,
@@ -123,6 +130,7 @@ def train_all(
                     greater_is_better=True,
                     restore_callback_states_from_checkpoint=True,
                     report_to="none",
+                    use_cpu=_ON_CPU,
                     dataloader_pin_memory=torch.cuda.is_available(),
                 ),
                 train_dataset=train,
@@ -150,7 +158,7 @@ def train_all(
                 train_seconds=seconds,
             )
             score = run.metrics[data.metrics[0]]
-            if processes.is_main_process:
+            if here.is_main_process:
                 if score > best[normalizer]:
                     model.save_pretrained(output / normalizer)
                     tokenizer.save_pretrained(output / normalizer)
@@ -161,7 +169,7 @@ def train_all(
                 # Last: it says that this run is finished.
                 (folder / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
             best[normalizer] = max(best[normalizer], score)
-            processes.wait_for_everyone()
+            here.wait_for_everyone()
             yield run, stages if seed == seeds[0] else {}
 
 

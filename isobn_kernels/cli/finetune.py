@@ -112,10 +112,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     require_extra("finetune", MODULES)
     # Imported only now: they need the extra, and take seconds.
-    from accelerate import PartialState
-
     from isobn_kernels.cli._report import write_report
-    from isobn_kernels.cli._training import Run, train_all
+    from isobn_kernels.cli._training import Run, processes, train_all
 
     isobn_options = {"momentum": args.momentum, "eps": args.eps, "beta": args.beta}
     try:
@@ -124,10 +122,10 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"--{error}") from error
     data = load_data(args.task, args.train_file, args.dev_file, args.max_train_samples, args.max_dev_samples)
     settings = {name: value for name, value in vars(args).items() if name != "run"}
-    processes = PartialState()
-    if processes.is_main_process:
+    here = processes()
+    if here.is_main_process:
         _prepare(args.output, json.loads(json.dumps(settings, default=str)))
-    processes.wait_for_everyone()
+    here.wait_for_everyone()
     runs: list[Run] = []
     embeddings: dict[tuple[str, str], Tensor] = {}
     report = ""
@@ -148,9 +146,9 @@ def run(args: argparse.Namespace) -> None:
         runs.append(run)
         embeddings |= {(run.normalizer, stage): x for stage, x in stages.items()}
         # After every run, for an interruption to leave something to look at.
-        if processes.is_main_process:
+        if here.is_main_process:
             report = write_report(runs, embeddings, data, settings, args.output)
-    if processes.is_main_process:
+    if here.is_main_process:
         print("\n" + report)
 
 

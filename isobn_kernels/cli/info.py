@@ -79,9 +79,13 @@ def _extension() -> dict[str, str]:
         extension = importlib.import_module("isobn_kernels._C")
     except ImportError as error:
         return {"isobn_kernels._C": f"missing ({error}); above, the cpu backend says how to get it"}
+    # The extension keeps its default where another one was asked for and refused; nothing runs with it then.
+    unavailable = backends.load("cpu").unavailable_reason() is not None
     return {
         "isobn_kernels._C": str(extension.__file__),
-        "instruction set": extension.instruction_set(),
+        "instruction set": "none in use: the cpu backend is unavailable"
+        if unavailable
+        else extension.instruction_set(),
         "of this processor": ", ".join(extension.instruction_sets()),
         **extension.build_info(),
     }
