@@ -134,24 +134,26 @@ def batch_norm_provider(x: Tensor) -> Provider:
     return Provider(partial(step, training=True), partial(step, training=False))
 
 
+def one_step(x: Tensor, state: State, name: str, stop_gradient: bool = True, training: bool = True) -> Tensor:
+    """A step of one of our backends."""
+    return isobn(
+        x,
+        state.cov,
+        state.std,
+        training=training,
+        momentum=MOMENTUM,
+        eps=EPS,
+        beta=BETA,
+        backend=name,
+        scale=state.scale,
+        num_batches_tracked=state.batches,
+        stop_gradient=stop_gradient,
+    )
+
+
 def backend_provider(name: str, x: Tensor) -> Provider:
     backends.select(name, x)  # raises with the reason if it cannot run
-
-    def step(x: Tensor, state: State, training: bool) -> Tensor:
-        return isobn(
-            x,
-            state.cov,
-            state.std,
-            training=training,
-            momentum=MOMENTUM,
-            eps=EPS,
-            beta=BETA,
-            backend=name,
-            scale=state.scale,
-            num_batches_tracked=state.batches,
-        )
-
-    return Provider(partial(step, training=True), partial(step, training=False))
+    return Provider(partial(one_step, name=name), partial(one_step, name=name, training=False))
 
 
 BACKENDS: dict[str, Callable[[Tensor], Provider]] = {

@@ -64,7 +64,9 @@ def machine(lines: list[Line]) -> str:
     line = max(lines, key=lambda line: line["date"])
     where = f"{line['machine']}, {line['cores']} cores" if line["device"] == "cpu" else line["machine"]
     where += f" ({line['instruction_set']})" if line["device"] == "cpu" and line["instruction_set"] else ""
-    words = f"float32; {where}, torch {line['torch']}, {line['date'][:10]}, commit {line['commit'][:7]}."
+    commits = sorted({line["commit"][:7] for line in lines})
+    commit = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    words = f"float32; {where}, torch {line['torch']}, {line['date'][:10]}, {commit}."
     busy = sorted({line["busy"] for line in lines if line["busy"]})
     return f"{words} The machine was busy: {'; '.join(busy)}." if busy else words
 

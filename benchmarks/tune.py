@@ -42,9 +42,8 @@ from torch import Tensor
 
 from benchmarks.clocks import Call, Clock, Quartiles, captured, event_clock, quartiles, repeats, wall_clock
 from benchmarks.measure import failure
-from benchmarks.providers import BETA, EPS, MOMENTUM, Shape, State, Step, draw, gate
+from benchmarks.providers import Shape, State, Step, draw, gate, one_step
 from benchmarks.run import grid
-from isobn_kernels import isobn
 from isobn_kernels.backends import triton as backend
 from isobn_kernels.backends.triton import Config
 
@@ -103,22 +102,6 @@ def step_with(index: int, config: Config) -> Step:
             return one_step(x, state, "triton")
 
     return step
-
-
-def one_step(x: Tensor, state: State, name: str, stop_gradient: bool = True) -> Tensor:
-    return isobn(
-        x,
-        state.cov,
-        state.std,
-        training=True,
-        momentum=MOMENTUM,
-        eps=EPS,
-        beta=BETA,
-        backend=name,
-        scale=state.scale,
-        num_batches_tracked=state.batches,
-        stop_gradient=stop_gradient,
-    )
 
 
 def example(cell: Cell, device: str) -> tuple[Tensor, Tensor, State]:

@@ -394,12 +394,13 @@ def test_readme_section_is_written_between_its_markers(table, tmp_path, capsys):
     assert "| 32 x 768 | 2 | forward + backward | 100 us | 1,230 us, 12x | 400 us, 4.0x | 25.0 us, 0.25x |" in text
     assert "2026-01-01" in text
     assert "M, 2 cores" in text
+    assert "commit aaaaaaa." in text
     assert "busy" not in text
     assert readme.main(arguments) == 0
     assert page.read_text() == text
-    results.upsert(table, [row | {"busy": "load average 9"} for row in steps(cpu=1.0)])
+    results.upsert(table, [row | {"busy": "load average 9", "commit": "9" * 40} for row in steps(cpu=1.0)])
     assert readme.main(arguments) == 0
-    assert "The machine was busy: load average 9." in page.read_text()
+    assert "commits 9999999, aaaaaaa. The machine was busy: load average 9." in page.read_text()
     page.write_text("no markers")
     assert readme.main(arguments) == 2
     assert "to write between" in capsys.readouterr().err
