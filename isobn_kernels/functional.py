@@ -64,8 +64,9 @@ def isobn(
         bias_correction: divide the statistics by ``1 - (1 - momentum) ** num_batches_tracked``, as Adam does.
         stop_gradient: treat the scale as a constant in the backward, as the paper does. With False, gradients flow
             through the batch statistics too; that backward is differentiable once.
-        process_group: statistics over the ranks of this `torch.distributed` group, each of which has to call this, with
-            any number of rows, as often as the others; None is this process alone.
+        process_group: a `torch.distributed.ProcessGroup`: statistics over the rows of all its ranks, by two
+            all-reduces a training step. Every rank must take part in each, one with an empty batch too; with
+            ``stop_gradient=False`` in each backward as well. None is this process alone.
 
     Returns:
         A tensor of the shape and dtype of ``x``.
@@ -73,8 +74,8 @@ def isobn(
     Raises:
         TypeError: a dtype is not one of the above, or dtypes do not go together.
         ValueError: a shape, device, layout or number is not as above. The statistics are untouched.
-        RuntimeError: ``backend`` names one that cannot run here or cannot take ``x``; or `torch.vmap` maps over a
-            training step.
+        RuntimeError: ``backend`` names one that cannot run here or cannot take ``x``; `torch.vmap` maps over a
+            training step; or ``process_group`` has been destroyed.
         NotImplementedError: ``stop_gradient=False`` in forward-mode differentiation.
 
     Example:
@@ -109,7 +110,8 @@ def isobn(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     args = (running_cov, running_std, scale, num_batches_tracked, momentum, eps, beta, bias_correction, backend)
     if process_group is not None:
-        return distributed.train(rows, args, process_group, stop_gradient).view(x.shape)
+        out = _train_across_ranks(rows, args, process_group, stop_gradient)
+        return out if x.dim() == 2 else out.view(x.shape)
     transformed = _is_transformed()
     needs_grad = transformed or (torch.is_grad_enabled() and x.requires_grad)
     if needs_grad and not stop_gradient:
@@ -124,6 +126,18 @@ def isobn(
     else:
         out = _train_forward(rows, *args)[0]
     return out if x.dim() == 2 else out.view(x.shape)
+
+
+def _train_across_ranks(x: Tensor, args: tuple[Any, ...], group: Any, stop_gradient: bool) -> Tensor:
+    if not torch.compiler.is_compiling():
+        distributed.check_alive(group)
+    args = (*args, group.group_name)
+    if stop_gradient or not (_is_transformed() or (torch.is_grad_enabled() and x.requires_grad)):
+        scale = torch.ops.isobn_kernels.train_forward_across_ranks(x.detach(), *args)
+        return (x * scale).to(x.dtype).contiguous()
+    if _is_transformed():
+        _refuse_transforms_without_a_rule(x)
+    return _AcrossRanksThroughStatistics.apply(x, *args)[0]
 
 
 class _Train(torch.autograd.Function):
@@ -220,6 +234,29 @@ class _TransformedThroughStatistics(_TrainThroughStatistics):
     backward = staticmethod(_disable_dynamo(_TrainThroughStatistics.backward))
 
 
+class _AcrossRanksThroughStatistics(torch.autograd.Function):
+    """`_TrainThroughStatistics` for a process group."""
+
+    vmap = staticmethod(_refuse_vmap)
+    setup_context = staticmethod(_TrainThroughStatistics.setup_context)
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        x, running_cov, running_std, _, num_batches_tracked = args[:5]
+        scale = torch.ops.isobn_kernels.train_forward_across_ranks(*args)
+        count = None if num_batches_tracked is None else num_batches_tracked.clone()
+        return (x * scale).to(x.dtype).contiguous(), scale, running_cov.clone(), running_std.clone(), count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, *copies = ctx.saved_tensors
+        scale, running_cov, running_std, count = copies
+        statistics = (running_cov, running_std, scale, count)
+        dx = torch.ops.isobn_kernels.train_backward_across_ranks(dout, x, *statistics, *ctx.options)
+        return dx, *[None] * 10
+
+
 # ---- Registered ops: what torch.compile, export, tracing and dispatch modes see ----
 
 _LIBRARY = torch.library.Library("isobn_kernels", "DEF")
@@ -234,6 +271,15 @@ _LIBRARY.define(
 _LIBRARY.define(
     "train_backward(Tensor dout, Tensor x, Tensor running_cov, Tensor running_std, Tensor scale, "
     f"Tensor? num_batches_tracked, {_OPTIONS}) -> Tensor"
+)
+
+_LIBRARY.define(
+    "train_forward_across_ranks(Tensor x, Tensor(a!) running_cov, Tensor(b!) running_std, Tensor(c!)? scale, "
+    f"Tensor(d!)? num_batches_tracked, {_OPTIONS}, str group) -> Tensor"
+)
+_LIBRARY.define(
+    "train_backward_across_ranks(Tensor dout, Tensor x, Tensor running_cov, Tensor running_std, Tensor scale, "
+    f"Tensor? num_batches_tracked, {_OPTIONS}, str group) -> Tensor"
 )
 
 
@@ -273,10 +319,33 @@ def _train_backward_here(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return backends.select(backend, x).train_backward(dout, x, *args)
 
 
+def _train_forward_across_ranks_here(
+    x: Tensor, running_cov: Tensor, running_std: Tensor, scale: Tensor | None, count: Tensor | None, *options: Any
+) -> Tensor:
+    *numbers, backend, group = options
+    if torch._C._current_graph_task_id() != -1:  # a recomputation, whose first run did the update
+        if scale is not None:
+            return scale.clone()
+        return _compute_scale_here(running_cov, running_std, count, *numbers, backend)
+    chosen = backends.select(backend, x)
+    state = (running_cov, running_std, scale, count)
+    return distributed.train_forward(x, *state, *numbers, backend=chosen, group=distributed.named(group))
+
+
+def _train_backward_across_ranks_here(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    *args, _, group = rest
+    return distributed.train_backward(dout, x, *args, group=distributed.named(group))
+
+
 # Where torch.compile has given up on a function it still compiles what is called inside: kernels are not for it.
 _LIBRARY.impl("train_forward", _disable_dynamo(_train_forward_here), "CompositeExplicitAutograd")
 _LIBRARY.impl("compute_scale", _disable_dynamo(_compute_scale_here), "CompositeExplicitAutograd")
 _LIBRARY.impl("train_backward", _disable_dynamo(_train_backward_here), "CompositeExplicitAutograd")
+for _name, _function in (
+    ("train_forward_across_ranks", _train_forward_across_ranks_here),
+    ("train_backward_across_ranks", _train_backward_across_ranks_here),
+):
+    _LIBRARY.impl(_name, _disable_dynamo(_function), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("isobn_kernels::train_forward", lib=_LIBRARY)
@@ -289,12 +358,19 @@ def _(running_cov: Tensor, running_std: Tensor, *_: Any) -> Tensor:
     return running_std.new_empty(running_std.shape)
 
 
+@torch.library.register_fake("isobn_kernels::train_forward_across_ranks", lib=_LIBRARY)
+def _(x: Tensor, running_cov: Tensor, running_std: Tensor, *_: Any) -> Tensor:
+    return running_std.new_empty(running_std.shape)
+
+
+@torch.library.register_fake("isobn_kernels::train_backward_across_ranks", lib=_LIBRARY)
 @torch.library.register_fake("isobn_kernels::train_backward", lib=_LIBRARY)
 def _(dout: Tensor, x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 torch.library.register_vmap("isobn_kernels::train_forward", _refuse_vmap, lib=_LIBRARY)
+torch.library.register_vmap("isobn_kernels::train_forward_across_ranks", _refuse_vmap, lib=_LIBRARY)
 
 
 def _train_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from isobn_kernels import backends, distributed
 from isobn_kernels.functional import _check_hyperparameters, _compute_scale, isobn
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class IsoBN(nn.Module):
@@ -28,8 +30,10 @@ class IsoBN(nn.Module):
         beta: strength of the correction; 0 is none.
         bias_correction: divide the statistics by ``1 - (1 - momentum) ** num_batches_tracked``, as Adam does.
         stop_gradient: treat the scale as a constant in the backward, as the paper does.
-        process_group: statistics over the ranks of this `torch.distributed` group, each of which has to call the layer
-            as often as the others, with any number of rows; None is this process alone. See `convert_sync_isobn`.
+        process_group: a `torch.distributed.ProcessGroup`, such as ``torch.distributed.group.WORLD`` once
+            ``init_process_group`` was called: statistics over the rows of all its ranks, the same on each. Every rank
+            must call each training forward, with an empty batch too, and with ``stop_gradient=False`` each backward.
+            None is this process alone. For a finished model see `convert_sync_isobn`.
         backend: "auto", or a name from `isobn_kernels.available_backends`.
         device: of the buffers.
 
@@ -42,11 +46,12 @@ class IsoBN(nn.Module):
         scale: (num_features,) float32 buffer, what evaluation multiplies by.
         num_batches_tracked: () int64 buffer, the number of updates.
 
-    The statistics stay float32 through ``.half()``, ``.bfloat16()`` and ``.to(half dtype)``.
+    The statistics stay float32 through ``.half()``, ``.bfloat16()`` and ``.to(half dtype)``. A pickled layer loads
+    without its process group; `copy.deepcopy` shares it.
 
     Raises:
         TypeError, ValueError: an argument or the input is not as described; the statistics are untouched.
-        RuntimeError: ``backend`` cannot run here.
+        RuntimeError: ``backend`` cannot run here, or ``process_group`` has been destroyed.
 
     Example:
         >>> import torch
@@ -85,7 +90,8 @@ class IsoBN(nn.Module):
             raise ValueError(f"num_features must be at least 1, got {num_features}")
         _check_hyperparameters(momentum, eps, beta)
         backends.check_name(backend)
-        distributed.check_group(process_group)
+        if process_group is not None:
+            distributed.check_group(process_group)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -102,38 +108,38 @@ class IsoBN(nn.Module):
         self.reset_running_stats()
 
     @classmethod
-    def convert_sync_isobn(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Give every IsoBN in ``module`` the statistics of all ranks, as `SyncBatchNorm.convert_sync_batchnorm` does.
+    def convert_sync_isobn(cls, module: _Module, process_group: Any = None) -> _Module:
+        """Have every IsoBN inside ``module`` take its statistics from all ranks, in place.
 
-        The layers stay the same objects, with their statistics. Do it before wrapping the model in
-        `DistributedDataParallel`, on every rank. A copy of the model shares the group; a pickled one comes back without
-        it, and is converted anew.
+        In the manner of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`. The layers and their tensors stay the same
+        objects, so that it does not matter whether an optimizer or a wrapper has seen them.
 
         Args:
-            module: a model with IsoBN in it, or an IsoBN.
-            process_group: the ranks; all (WORLD) where None.
+            module: a model, or an IsoBN.
+            process_group: the ranks; None is ``torch.distributed.group.WORLD``, all of them.
 
         Returns:
             ``module`` itself.
 
         Raises:
-            RuntimeError: there is no process group yet.
-            TypeError: ``process_group`` is not a group of this process.
+            RuntimeError: ``process_group`` is None and `torch.distributed.init_process_group` was not called.
+            TypeError: ``process_group`` is no group. Nothing was changed.
 
         Example:
-            >>> import torch.distributed as dist
+            >>> import torch
             >>> from isobn_kernels import IsoBN
-            >>> store = dist.HashStore()
-            >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)  # torchrun: without arguments
-            >>> IsoBN.convert_sync_isobn(torch.nn.Sequential(IsoBN(8), torch.nn.Linear(8, 2)))[0]
-            IsoBN(8, eps=0.001, momentum=0.05, beta=0.5, ranks=1)
-            >>> dist.destroy_process_group()
+            >>> model = torch.nn.Sequential(IsoBN(8), torch.nn.Linear(8, 2))
+            >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            >>> IsoBN.convert_sync_isobn(model)[0]
+            IsoBN(8, eps=0.001, momentum=0.05, beta=0.5, synchronised over 1 rank)
+            >>> torch.distributed.destroy_process_group()
         """
-        group = distributed.world() if process_group is None else process_group
-        distributed.check_group(group)
+        if process_group is None:
+            process_group = distributed.world()
+        distributed.check_group(process_group)
         for layer in module.modules():
-            if isinstance(layer, cls):
-                layer.process_group = group
+            if isinstance(layer, IsoBN):
+                layer.process_group = process_group
         return module
 
     @torch.no_grad()
@@ -213,18 +219,26 @@ class IsoBN(nn.Module):
             if getattr(self, name) != default:
                 options += f", {name}={getattr(self, name)!r}"
         if self.process_group is not None:
-            options += f", ranks={self.process_group.size()}"
+            ranks = self.process_group.size()
+            options += f", synchronised over {ranks} rank{'s' * (ranks > 1)}"
         return options
 
     def __getstate__(self) -> dict[str, Any]:
-        # A group is of this process only.
+        # A process group means something in this process only, and cannot be pickled.
         return {**self.__dict__, "process_group": None}
 
+    def __copy__(self) -> IsoBN:
+        copied = self.__class__.__new__(self.__class__)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __deepcopy__(self, memo: dict[int, Any]) -> IsoBN:
-        memo[id(self.process_group)] = self.process_group
-        twin = memo[id(self)] = self.__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group  # shared: it cannot be copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IsoBN:
         def keep_precision(buffer: Tensor) -> Tensor:

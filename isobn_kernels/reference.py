@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -72,10 +73,10 @@ def train_forward(
 
     Updates the three statistics and the step counter in place; returns ``(out, scale)``, both fresh tensors.
     """
-    with exact_float32_matmul(x):
+    with _exact_float32_matmul(x):
         y, s = centre(x.to(running_cov.dtype))
         B = gram(y) / y.shape[0]  # (3)
-    C, sigma = updated_statistics(running_cov, running_std, B, s, momentum)
+    C, sigma = moved(running_cov, running_std, B, s, momentum)
     w = correction_weight(None if num_batches_tracked is None else num_batches_tracked + 1, momentum, bias_correction)
     saved_scale = scale_of(C / w, sigma / w, eps, beta)
     out = apply_scale(x, saved_scale)
@@ -123,33 +124,32 @@ def train_backward(
 
     ``running_cov``, ``running_std`` and ``num_batches_tracked`` are copies taken right after the forward's update.
     """
-    y, s = centre(x.to(running_cov.dtype))
-    g = (dout.to(running_cov.dtype) * x.to(running_cov.dtype)).sum(dim=0)
-    state = (running_cov, running_std, scale, num_batches_tracked)
-    return gradient(dout, g, y, s, x.shape[0], *state, momentum, eps, beta, bias_correction)
+    dtype = running_cov.dtype
+    g = (dout.to(dtype) * x.to(dtype)).sum(dim=0)
+    y, s = centre(x.to(dtype))
+    statistics = (running_cov, running_std, num_batches_tracked)
+    through = through_statistics(g, y, s, x.shape[0], *statistics, momentum, eps, beta, bias_correction)
+    return (dout.to(dtype) * scale + through).to(x.dtype).contiguous()
 
 
-def gradient(
-    dout: Tensor,
+def through_statistics(
     g: Tensor,
     y: Tensor,
     s: Tensor,
     N: int | Tensor,
     running_cov: Tensor,
     running_std: Tensor,
-    scale: Tensor,
     num_batches_tracked: Tensor | None,
     momentum: float,
     eps: float,
     beta: float,
     bias_correction: bool,
 ) -> Tensor:
-    """`train_backward` given ``g = sum_n dout_n x_n``, the centred rows and the deviations of a batch of N rows.
+    """The part of ``train_backward`` that flows through the batch statistics, for the rows of ``y``.
 
-    Of these rows ``dout`` and ``y`` may hold a part, for which the gradient is returned.
+    ``g``, ``s`` and ``N`` are those of the whole batch: the gradient that reaches ``scale``, deviations and rows.
     """
-    D = s.shape[0]
-    dtype = running_cov.dtype
+    D = y.shape[1]
     w = correction_weight(num_batches_tracked, momentum, bias_correction)
     C, sigma = symmetric(running_cov) / w, running_std / w
     inv = reciprocal(sigma)
@@ -179,24 +179,9 @@ def gradient(
     seen = s.isfinite()
     y = torch.where(seen, y, 0.0)
     h_over_s = torch.where(seen & (s > 0), h / s, 0.0)
-    with exact_float32_matmul(y):
+    with _exact_float32_matmul(y):
         dstatistics = torch.where(seen, y @ G + y * h_over_s, 0.0)
-    return (dout.to(dtype) * scale + (momentum / (w * N)) * dstatistics).to(dout.dtype).contiguous()
-
-
-def updated_statistics(
-    running_cov: Tensor, running_std: Tensor, B: Tensor, s: Tensor, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """(4): C and sigma after a batch, as fresh tensors; a feature whose ``s`` is not finite stays as it was."""
-    seen = s.isfinite()
-    C = (1 - momentum) * running_cov + momentum * B
-    C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
-    return symmetric(C), torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
-
-
-def gram(y: Tensor) -> Tensor:
-    """y^T y, of (3)."""
-    return sum((rows.T @ rows for rows in y.split(_ROWS)), start=y.new_zeros(()))
+    return (momentum / (w * N)) * dstatistics
 
 
 def scale_of(C: Tensor, sigma: Tensor, eps: float, beta: float) -> Tensor:
@@ -215,6 +200,20 @@ def centre(x: Tensor) -> tuple[Tensor, Tensor]:
     z = x - x[:1]
     y = z - z.mean(dim=0)
     return y, y.square().mean(dim=0).sqrt()
+
+
+def gram(y: Tensor) -> Tensor:
+    """``y^T y`` (D, D): (3) before the division by N."""
+    return cast(Tensor, sum(rows.T @ rows for rows in y.split(_ROWS)))
+
+
+def moved(running_cov: Tensor, running_std: Tensor, B: Tensor, s: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """(4): C and sigma with the batch's B and s, both fresh. A feature whose ``s_j`` is not finite keeps its own."""
+    seen = s.isfinite()
+    C = (1 - momentum) * running_cov + momentum * B
+    C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
+    sigma = torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+    return symmetric(C), sigma
 
 
 def symmetric(C: Tensor) -> Tensor:
@@ -243,7 +242,7 @@ def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_
 
 
 @contextlib.contextmanager
-def exact_float32_matmul(x: Tensor) -> Iterator[None]:
+def _exact_float32_matmul(x: Tensor) -> Iterator[None]:
     """Matrix products inside are IEEE float32: no autocast, no TF32, no bf16 passes, whatever the user chose."""
     matmul = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     chosen = matmul.fp32_precision

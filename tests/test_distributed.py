@@ -1,105 +1,95 @@
-"""Statistics over several processes: gloo, through torchrun. The checks stand in `distributed_worker.py`."""
+"""Statistics across ranks, on several processes of this machine: the checks of `distributed_worker.py`."""
 
-import copy
 import json
 import os
-import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import distributed_worker
+import oracle
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import assert_untouched, batch, warm
+from helpers import batch, to_numpy
 
-from isobn_kernels import IsoBN, isobn
+from isobn_kernels import IsoBN
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs a torch with gloo"
-)
-
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(distributed_worker.__file__)
 
 
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    source = os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", *launch, str(WORKER), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
-        capture_output=True,
+def torchrun(ranks, folder, what, timeout=240):
+    """(exit status, output) of `ranks` processes that run the worker; all are gone when this returns."""
+    folder.mkdir(exist_ok=True)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
+        [sys.executable, *words, str(WORKER), str(folder), what],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=300,
+        start_new_session=True,
     )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{ranks} ranks still ran {what!r} after {timeout} s; done: {reports(folder)}\n{output[-5000:]}")
+    return process.returncode, output
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_all_checks(processes: int, tmp_path: Path) -> None:
-    done = torchrun(processes, str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) > 20
-    failed = {name: error for name, error in results.items() if error}
-    assert not failed, "\n".join(f"{name}, {error}" for name, error in failed.items())
+def reports(folder):
+    """{file of a rank: {check: its traceback or None}}."""
+    return {
+        file.stem: dict(json.loads(line) for line in file.read_text().splitlines())
+        for file in sorted(folder.glob("rank*.jsonl"))
+    }
 
 
-def test_a_rank_that_dies_ends_the_run() -> None:
-    """With an error: nobody waits for it for ever."""
-    done = torchrun(2, "--die")
-    assert done.returncode != 0
-    assert "exitcode  : 3" in done.stderr
+def failures(folder, ranks, expected):
+    """What went wrong, in words, each with the name of its check."""
+    found = reports(folder)
+    trouble = [f"{name} on {rank}:\n{text}" for rank, done in found.items() for name, text in done.items() if text]
+    for r in range(ranks):
+        missing = expected - set(found.get(f"rank{r}", {}))
+        if missing:
+            trouble.append(f"rank{r} did not get to: {', '.join(sorted(missing))}")
+    return "\n\n".join(trouble)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_checks_of_the_worker(ranks, tmp_path):
+    status, output = torchrun(ranks, tmp_path / "out", "all")
+    expected = {name for name, (worlds, _) in distributed_worker.CHECKS.items() if ranks in worlds}
+    trouble = failures(tmp_path / "out", ranks, expected)
+    assert not trouble, trouble
+    assert status == 0, output
+    if ranks == 2:
+        a_checkpoint_of_two_ranks_continues_on_one(tmp_path / "out" / "two_ranks.pt")
+
+
+def a_checkpoint_of_two_ranks_continues_on_one(file):
+    D = distributed_worker.D
+    layer = IsoBN(D, bias_correction=True)
+    layer.load_state_dict(torch.load(file))
+    truth = oracle.fresh_state(D)
+    for step in range(10):
+        x = batch(10, D, seed=step)
+        if step >= 5:
+            layer(x)
+        _, truth = oracle.train_step(to_numpy(x), truth, bias_correction=True)
+    distributed_worker.assert_close_to_oracle(distributed_worker.state_of(layer), truth)
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path):
+    status, output = torchrun(2, tmp_path / "out", "die", timeout=120)
+    assert status != 0
+    assert "exitcode  : 3" in output
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices for NCCL")
-def test_nccl(tmp_path: Path) -> None:
-    done = torchrun(2, str(tmp_path), "--cuda")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results.json").read_text()) == {"fifty_steps": None}
-
-
-@pytest.fixture
-def world():
-    """A group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("group", ["gloo", 0, object()], ids=str)
-def test_what_is_no_group_is_refused(group) -> None:
-    state = warm(7)
-    before = state.clone()
-    with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup.*got"):
-        isobn(batch(4, 7), **state.tensors, training=True, process_group=group)
-    assert_untouched(state, before)
-    for build in (lambda: IsoBN(7, process_group=group), lambda: IsoBN.convert_sync_isobn(IsoBN(7), group)):
-        with pytest.raises(TypeError, match="process_group must be"):
-            build()
-
-
-def test_conversion_needs_a_group() -> None:
-    layer = IsoBN(7)
-    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group\(\) first"):
-        IsoBN.convert_sync_isobn(layer)
-    assert layer.process_group is None
-
-
-def test_destroyed_group(world) -> None:
-    layer = IsoBN.convert_sync_isobn(IsoBN(7))
-    before = copy.deepcopy(layer.state_dict())
-    dist.destroy_process_group()
-    with pytest.raises(RuntimeError, match=r"process_group .* was destroyed"):
-        layer(batch(4, 7))
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    layer.eval()(batch(4, 7))  # asks nobody
-
-
-def test_pickle_without_a_group() -> None:
-    layer = IsoBN(7)
-    assert pickle.loads(pickle.dumps(layer)).process_group is None
-    assert copy.deepcopy(layer).process_group is None
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, {torch.cuda.device_count()} found")
+def test_two_gpus(tmp_path):
+    status, output = torchrun(2, tmp_path / "out", "nccl")
+    assert status == 0, output

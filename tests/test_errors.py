@@ -28,6 +28,12 @@ BAD_ARGUMENTS = {
     "beta NaN": ({"beta": math.nan}, ValueError, ["beta", "0 or above", "nan"]),
     "beta infinite": ({"beta": math.inf}, ValueError, ["beta", "finite", "inf"]),
     "beta None": ({"beta": None}, TypeError, ["beta", "float", "NoneType"]),
+    "group text": ({"process_group": "gloo"}, TypeError, ["process_group", "ProcessGroup", "group.WORLD", "str"]),
+    "group of others": (
+        {"process_group": -100},
+        TypeError,
+        ["process_group", "ProcessGroup", "int", "does not belong"],
+    ),
 }
 
 BAD_TENSORS = {
@@ -114,6 +120,34 @@ def test_constructor_refuses(name):
 )
 def test_constructor_refuses_num_features(num_features, exception, words):
     check_refused(lambda: IsoBN(num_features), exception, words, STATE)
+
+
+def test_convert_sync_isobn_refuses():
+    model = torch.nn.Sequential(IsoBN(7))
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        IsoBN.convert_sync_isobn(model)
+    with pytest.raises(TypeError, match=r"process_group must be .* got list"):
+        IsoBN.convert_sync_isobn(model, [0, 1])
+    assert model[0].process_group is None
+
+
+def test_process_group_that_is_gone():
+    """Training says so and leaves the state alone; evaluation needs no group."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    layer = IsoBN(7, process_group=torch.distributed.group.WORLD)
+    torch.distributed.destroy_process_group()
+    layer.load_state_dict(STATE.tensors)
+    state = type(STATE)(*layer.buffers())
+    check_refused(lambda: layer(X), RuntimeError, ["process_group", "destroyed", "init_process_group"], state)
+    assert layer.eval()(X).shape == X.shape
+
+
+def test_pytorch_without_distributed(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    for call in (lambda: IsoBN(7, process_group="gloo"), lambda: IsoBN.convert_sync_isobn(IsoBN(7))):
+        with pytest.raises(RuntimeError, match=r"process_group needs torch\.distributed"):
+            call()
+    IsoBN(7)(X)
 
 
 def test_unknown_backend():

@@ -74,7 +74,7 @@ def test_buffers():
 
 
 def test_methods():
-    for name in ("reset_running_stats", "refresh_scale", "load_published_statistics"):
+    for name in ("reset_running_stats", "refresh_scale", "load_published_statistics", "convert_sync_isobn"):
         assert callable(getattr(IsoBN, name))
 
 
@@ -122,5 +122,6 @@ def test_environment_variable_that_cannot_be_followed_changes_nothing(value):
 
 
 def test_every_public_name_is_documented():
-    for function in (IsoBN, isobn, available_backends, IsoBN.refresh_scale, IsoBN.reset_running_stats):
+    methods = (IsoBN.refresh_scale, IsoBN.reset_running_stats, IsoBN.convert_sync_isobn)
+    for function in (IsoBN, isobn, available_backends, *methods):
         assert inspect.getdoc(function)
