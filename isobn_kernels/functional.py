@@ -250,8 +250,7 @@ class _AcrossRanksThroughStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, *copies = ctx.saved_tensors
-        scale, running_cov, running_std, count = copies
+        x, scale, running_cov, running_std, count = ctx.saved_tensors
         statistics = (running_cov, running_std, scale, count)
         dx = torch.ops.isobn_kernels.train_backward_across_ranks(dout, x, *statistics, *ctx.options)
         return dx, *[None] * 10
