@@ -44,18 +44,21 @@ def fold_isobn(model: nn.Module, into: Mapping[str, str] | None = None) -> nn.Mo
     """
     named = dict(model.named_modules(remove_duplicate=False))
     folds: dict[IsoBN, Callable[[], None]] = {}
+    pairs = []
     for name, target in (into or {}).items():
         isobn, linear = named.get(name), named.get(target)
         if not isinstance(isobn, IsoBN):
             raise ValueError(f"into: {name!r} must be the name of an IsoBN layer, got {_kind(isobn)}")
-        folds[isobn] = _fold(model, isobn, linear, target)
+        pairs.append((isobn, linear, target))
     for name, module in named.items():
-        if isinstance(module, nn.Sequential):
-            for isobn, linear, position in _in_sequence(module):
-                folds.setdefault(isobn, _fold(model, isobn, linear, f"{name}.{position}".lstrip(".")))
+        # A subclass with a forward of its own may do more than to call one after the other.
+        if type(module).forward is nn.Sequential.forward:
+            pairs += [(isobn, linear, f"{name}.{n}".lstrip(".")) for isobn, linear, n in _in_sequence(module)]
         elif hasattr(module, "_fold_isobn"):  # a model that knows where it keeps its own
-            inside = [layer for layer in module.modules() if isinstance(layer, IsoBN)]
-            folds |= dict.fromkeys(inside, module._fold_isobn)
+            fold = module._fold_isobn()
+            folds |= {layer: fold for layer in module.modules() if isinstance(layer, IsoBN)}
+    for isobn, linear, target in pairs:
+        folds[isobn] = _fold(model, isobn, linear, target)
     layers = {module: name for name, module in named.items() if isinstance(module, IsoBN)}
     if not layers:
         raise ValueError("model has no IsoBN to fold")
@@ -65,9 +68,31 @@ def fold_isobn(model: nn.Module, into: Mapping[str, str] | None = None) -> nn.Mo
             f"the linear layer behind IsoBN {', '.join(map(repr, unknown))} is not known; expected IsoBN, dropout and "
             'torch.nn.Linear in a torch.nn.Sequential, or its name in into, such as {"isobn": "classifier"}'
         )
+    distinct = {(isobn, linear) for isobn, linear, _ in pairs}
+    if len(distinct) > len({isobn for isobn, _ in distinct}) or len(distinct) > len({linear for _, linear in distinct}):
+        raise ValueError(
+            "an IsoBN has several linear layers behind it, or a linear layer several IsoBN: not one to one"
+        )
     for fold in dict.fromkeys(folds.values()):
         fold()
     return model
+
+
+def check_foldable(model: nn.Module, isobn: IsoBN, linear: nn.Linear, target: str) -> None:
+    """Raise where multiplying the weight would not do what ``isobn`` does, or would do it to others too."""
+    if type(isobn).forward is not IsoBN.forward or isobn._forward_hooks or isobn._forward_pre_hooks:
+        raise ValueError(f"the IsoBN before {target!r} has hooks or a forward of its own, which folding would lose")
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"the weight of {target!r} is computed from others: remove its parametrization or pruning first"
+        )
+    uses = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is isobn]
+    if len(uses) > 1 or len(places) > 1:
+        raise ValueError(
+            f"IsoBN and the layer behind it must each be in one place only, got {', '.join(map(repr, places + uses))}"
+        )
 
 
 @torch.no_grad()
@@ -83,6 +108,7 @@ def _fold(model: nn.Module, isobn: IsoBN, linear: nn.Module | None, target: str)
         raise ValueError(
             f"{target!r} must be a torch.nn.Linear with in_features={isobn.num_features}, as IsoBN, got {_kind(linear)}"
         )
+    check_foldable(model, isobn, linear, target)
 
     def fold() -> None:
         fold_scale(isobn, linear)
@@ -94,11 +120,11 @@ def _fold(model: nn.Module, isobn: IsoBN, linear: nn.Module | None, target: str)
     return fold
 
 
-def _in_sequence(sequence: nn.Sequential) -> list[tuple[IsoBN, nn.Module, int]]:
+def _in_sequence(sequence: nn.Module) -> list[tuple[IsoBN, nn.Module, int]]:
     """Each IsoBN with the linear layer that follows it, nothing but dropout between, and where that is."""
     found: list[tuple[IsoBN, nn.Module, int]] = []
     last = None
-    for position, module in enumerate(sequence):
+    for position, module in enumerate(sequence._modules.values()):
         if isinstance(module, IsoBN):
             last = module
         elif isinstance(module, nn.Linear) and last is not None:

@@ -217,10 +217,45 @@ def test_resumed_runs_equal_uninterrupted_ones(encoder: Path, tmp_path: Path, mo
         assert weights[0] == weights[1], name
     assert not list((tmp_path / "out").rglob("checkpoint-*"))
 
-    # More seeds may be added later; other settings may not.
-    found = run_finetune(*arguments, tmp_path / "out", *more, "--seeds", "1", "2", "--resume")
-    assert [run["seed"] for run in found["runs"]] == [1, 1, 2, 2]
-    assert found["runs"][0] == finished[0]
+    # More seeds may be added later, in any order; other settings may not.
+    found = run_finetune(*arguments, tmp_path / "out", *more, "--seeds", "2", "--resume")
+    found = run_finetune(*arguments, tmp_path / "out", *more, "--seeds", "2", "1", "--resume")
+    assert [run["seed"] for run in found["runs"]] == [2, 2, 1, 1]
+    assert found["runs"][2] == finished[0]
+    for name in ("none", "isobn"):
+        scores = {run["seed"]: run["metrics"]["accuracy"] for run in found["runs"] if run["normalizer"] == name}
+        first = (tmp_path / "whole" / name / "model.safetensors").read_bytes()
+        kept = (tmp_path / "out" / name / "model.safetensors").read_bytes()
+        assert (kept == first) == (scores[1] >= scores[2]), (name, scores)
+
+
+def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for name, files in {"checkpoint-4": ["trainer_state.json"], "checkpoint-12": ["model.safetensors"]}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert _training._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").touch()
+    assert _training._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
+    assert _training._last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_embeddings_that_are_all_equal(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train = write_rows(tmp_path / "train.jsonl", pairs(16, 0))
+    dev = write_rows(tmp_path / "dev.jsonl", [{**PAIR, "label": label} for label in (0, 1)])
+    words = ["finetune", "--model", str(encoder), "--train-file", str(train), "--dev-file", str(dev)]
+    assert cli.main([*words, "--output", str(tmp_path / "out"), "--epochs", "1", "--seeds", "1"]) == 2
+    assert "all 2 dev texts have the same embedding" in capsys.readouterr().err
+
+
+def test_words_that_mean_nothing_is_there(tmp_path: Path) -> None:
+    rows = [
+        {"sentence": word, "label": label}
+        for word, label in zip(("NA", "None", "x"), ("null", "NA", "null"), strict=True)
+    ]
+    data = load_data(None, write_rows(tmp_path / "a.csv", rows), write_rows(tmp_path / "b.csv", rows))
+    assert data.classes == ("NA", "null")
+    assert list(data.train["sentence"]) == ["NA", "None", "x"]
 
 
 def test_two_processes_equal_one(tmp_path: Path, encoder: Path) -> None:
@@ -345,6 +380,15 @@ def test_metrics_by_hand(task: str, metrics: list[str], tmp_path: Path) -> None:
     by_hand = {"accuracy": 3 / 5, "f1": 4 / 6, "matthews_correlation": (2 * 1 - 1 * 1) / (3 * 3 * 2 * 2) ** 0.5}
     assert list(found) == metrics
     assert found == pytest.approx({name: by_hand[name] for name in metrics})
+
+
+@pytest.mark.parametrize(("labels", "guess"), [([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])])
+def test_nothing_to_correlate(labels: list[float], guess: list[float]) -> None:
+    from transformers import EvalPrediction
+
+    data = Data(None, None, (), (), ("pearson", "spearman"))
+    prediction = EvalPrediction(torch.tensor(guess)[:, None].numpy(), torch.tensor(labels).numpy())
+    assert data.compute_metrics(prediction) == {"pearson": 0.0, "spearman": 0.0}
 
 
 GOOD = {"sentence": "it was good", "label": 1}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from isobn_kernels import IsoBN, fold_isobn
@@ -78,7 +79,63 @@ def test_untrained_is_the_identity() -> None:
     assert torch.equal(fold_isobn(model)[1].weight, weight)
 
 
+def shared_isobn() -> nn.Module:
+    isobn = IsoBN(16)
+    return nn.ModuleList([nn.Sequential(isobn, nn.Linear(16, 16)), nn.Sequential(isobn, nn.Linear(16, 16))])
+
+
+def shared_linear() -> nn.Module:
+    linear = nn.Linear(16, 16)
+    return nn.Sequential(linear, nn.ReLU(), IsoBN(16), linear)
+
+
+def tied_weight() -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), IsoBN(16), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    return model
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self[0](x)
+        return self[1](y) + y
+
+
+class Shifted(IsoBN):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(IsoBN(16), nn.Linear(16, 3))
+    model[0].register_forward_hook(lambda module, args, out: out + 1)
+    return model
+
+
+def with_weight_norm() -> nn.Module:
+    return nn.Sequential(IsoBN(16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 3)))
+
+
+def pruned() -> nn.Module:
+    return nn.Sequential(IsoBN(16), nn.utils.prune.random_unstructured(nn.Linear(16, 3), "weight", 0.5))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.linear = IsoBN(16), IsoBN(16), nn.Linear(16, 3)
+
+
 BAD = {
+    "IsoBN in two places": (shared_isobn, None, "each be in one place only, got '0.0', '1.0', '0.1.weight'"),
+    "linear layer in two places": (shared_linear, None, "in one place only, got '2', '0.weight', '3.weight'"),
+    "tied weight": (tied_weight, None, "in one place only, got '1', '0.weight', '2.weight'"),
+    "two IsoBN, one linear layer": (Two, {"a": "linear", "b": "linear"}, "not one to one"),
+    "a forward of its own": (lambda: Residual(IsoBN(16), nn.Linear(16, 16)), None, "behind IsoBN '0' is not known"),
+    "a subclass": (lambda: nn.Sequential(Shifted(16), nn.Linear(16, 3)), None, "hooks or a forward of its own"),
+    "a hook": (hooked, None, "hooks or a forward of its own"),
+    "weight norm": (with_weight_norm, None, "weight of '1' is computed from others"),
+    "pruning": (pruned, None, "weight of '1' is computed from others"),
     "no IsoBN": (lambda: nn.Linear(2, 2), None, "no IsoBN to fold"),
     "unknown layer": (Classifier, None, "behind IsoBN 'isobn' is not known; expected IsoBN, dropout and"),
     "not next": (lambda: nn.Sequential(IsoBN(4), nn.Tanh(), nn.Linear(4, 2)), None, "behind IsoBN '0' is not known"),

@@ -296,6 +296,77 @@ def test_peft(family: str, tmp_path: Path) -> None:
     assert (fold_isobn(merged)(**batch()).logits - expected).abs().max() < 1e-5
 
 
+def test_peft_does_not_load_the_adapter_over_a_base_without_isobn(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
+    plain().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
+    peft.get_peft_model(apply_isobn(base), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises((OSError, ValueError)):
+        peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+
+
+def test_configuration_of_another_model_is_left_alone(tmp_path: Path) -> None:
+    config = plain().config
+    model_class = transformers.BertForSequenceClassification
+    first, second, third = (model_class(config) for _ in range(3))
+    apply_isobn(first, momentum=0.1)
+    apply_isobn(second, beta=0.3)
+    assert type(third.config) is transformers.BertConfig
+    assert (first.config.isobn, second.config.isobn) == ({"momentum": 0.1}, {"beta": 0.3})
+    # Within a model it is one, so that a change of it reaches the encoder.
+    assert first.bert.config is first.config
+    fold_isobn(first)
+    assert first.bert.config is first.config
+    assert type(first.config) is transformers.BertConfig
+    assert second.config.isobn == {"beta": 0.3}
+
+
+def test_built_from_the_configuration_of_a_plain_model(tmp_path: Path) -> None:
+    config = plain().config
+    model = type(apply_isobn(plain()))(config)
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is type(model)
+    assert type(config) is transformers.BertConfig
+    assert type(fold_isobn(model)) is transformers.BertForSequenceClassification
+
+
+def test_encoder_and_tokenizer_of_a_saved_model(family: str, tmp_path: Path) -> None:
+    model = trained(family)
+    model.save_pretrained(tmp_path)
+    encoder = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(encoder) is type(model.base_model)
+    ours, plains = model.config_class, plain(family).config_class
+    mapping = transformers.models.auto.tokenization_auto.TOKENIZER_MAPPING
+    assert (ours in mapping) == (plains in mapping)
+    if plains in mapping:
+        assert mapping[ours] == mapping[plains]
+
+
+def test_folding_is_all_or_nothing() -> None:
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2)
+    both = nn.ModuleList([nn.Sequential(IsoBN(4), nn.Linear(4, 2)), peft.get_peft_model(apply_isobn(plain()), config)])
+    both[0][0].scale.fill_(2)
+    weight = both[0][1].weight.detach().clone()
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        fold_isobn(both)
+    assert same_bits(both[0][1].weight, weight)
+    assert isinstance(both[0][0], IsoBN)
+
+
+def test_subclass_of_a_model_with_isobn() -> None:
+    class Mine(type(apply_isobn(plain()))):
+        pass
+
+    model = Mine(plain().config)
+    model(**batch())
+    with pytest.raises(ValueError, match="Mine: fold the model itself"):
+        fold_isobn(model)
+    with pytest.raises(ValueError, match="does not know"):
+        apply_isobn(type("Other", (transformers.BertForSequenceClassification,), {})(plain().config))
+
+
 def test_regression(tmp_path: Path) -> None:
     model = apply_isobn(plain(num_labels=1, problem_type="regression"))
     output = model.train()(**batch(), labels=torch.rand(6))
@@ -335,7 +406,8 @@ def test_compiled_training_is_one_graph_and_equals_eager() -> None:
         ({"momentum": 2}, ValueError, "momentum must be in"),
         ({"momentun": 0.1}, TypeError, "momentun"),
         ({"process_group": None}, TypeError, "convert_sync_isobn"),
-        ({"device": "cpu"}, TypeError, "device cannot be saved"),
+        ({"device": "cpu"}, TypeError, "device is no option here"),
+        ({"num_features": 9}, TypeError, "num_features is the model's"),
     ],
 )
 def test_wrong_options_leave_the_model_alone(options: dict, error: type, message: str) -> None:

@@ -65,8 +65,8 @@ class Data:
             "spearman": lambda labels, guess: spearmanr(labels, guess).statistic,
         }
         guess = prediction.predictions.argmax(axis=-1) if self.classes else prediction.predictions.reshape(-1)
-        if not self.classes and (guess.max() - guess.min()) == 0:
-            return dict.fromkeys(self.metrics, 0.0)  # nothing to correlate with, and NaN is never the best
+        if not self.classes and any(values.min() == values.max() for values in (guess, prediction.label_ids)):
+            return dict.fromkeys(self.metrics, 0.0)  # nothing to correlate, and NaN is never the best
         return {name: float(functions[name](prediction.label_ids, guess)) for name in self.metrics}
 
 
@@ -137,7 +137,9 @@ def _load_file(path: Path) -> Any:
     if not path.stat().st_size:
         raise CommandError(f"{path}: the file is empty")
     try:
-        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        # In a CSV file "NA" and "None" are words; nothing is missing but an empty field.
+        options = {"keep_default_na": False, "na_values": [""]} if path.suffix == ".csv" else {}
+        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", **options)
     except (DatasetGenerationError, ValueError) as error:  # the second where there is not one row
         raise CommandError(
             f"{path}: cannot be read as {path.suffix[1:]} ({_first_line(error.__cause__ or error)}); expected "

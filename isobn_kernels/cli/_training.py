@@ -23,7 +23,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from isobn_kernels import IsoBN
 from isobn_kernels.cli._data import Data
@@ -90,15 +89,17 @@ def train_all(
     with here.main_process_first():  # the others find its cached result
         train, dev = (split.map(tokenize, batched=True, remove_columns=data.fields) for split in (data.train, data.dev))
     best = dict.fromkeys(normalizers, -float("inf"))
+    for path in output.glob("runs/*/run.json"):  # of seeds that are not asked for now, too
+        run = _finished(path.parent)
+        best[run.normalizer] = max(best.get(run.normalizer, -float("inf")), run.metrics[data.metrics[0]])
     for seed in seeds:
         for normalizer in normalizers:
             folder = output / "runs" / f"{normalizer}-seed{seed}"
             if (folder / "run.json").is_file():
-                run = Run(**json.loads((folder / "run.json").read_text()))
-                best[normalizer] = max(best[normalizer], run.metrics[data.metrics[0]])
+                run = _finished(folder)
                 yield run, torch.load(folder / "embeddings.pt") if seed == seeds[0] else {}
                 continue
-            checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            checkpoint = _last_checkpoint(folder)
             if here.is_main_process:
                 print(f"\nnormalizer {normalizer}, seed {seed}{', going on' if checkpoint else ''}", flush=True)
             # Before the model is made, for the new head: the normalizers start from the same weights.
@@ -148,6 +149,11 @@ def train_all(
                     stages[SCALED] = stages[AFTER] * layer.scale.cpu()
             if not all(x.isfinite().all() for x in stages.values()):
                 raise CommandError(f"training with seed {seed} diverged to NaN or Inf; try a lower --learning-rate")
+            if any((x == x[0]).all() for x in stages.values()):
+                raise CommandError(
+                    f"with seed {seed} all {len(dev)} dev texts have the same embedding: they are the same tokens, or "
+                    "training collapsed; try a lower --learning-rate"
+                )
             run = Run(
                 normalizer,
                 seed,
@@ -164,13 +170,24 @@ def train_all(
                     tokenizer.save_pretrained(output / normalizer)
                 for leftover in folder.glob("checkpoint-*"):
                     shutil.rmtree(leftover)
-                if seed == seeds[0]:
-                    torch.save(stages, folder / "embeddings.pt")
-                # Last: it says that this run is finished.
-                (folder / "run.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+                torch.save(stages, folder / "embeddings.pt")
+                # Last, and whole or not at all: it says that this run is finished.
+                (folder / "run.json.part").write_text(json.dumps(asdict(run), indent=2) + "\n")
+                (folder / "run.json.part").replace(folder / "run.json")
             best[normalizer] = max(best[normalizer], score)
             here.wait_for_everyone()
             yield run, stages if seed == seeds[0] else {}
+
+
+def _finished(folder: Path) -> Run:
+    return Run(**json.loads((folder / "run.json").read_text()))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    # The Trainer writes this file last: a checkpoint without it was cut short.
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if last is None else str(last)
 
 
 def _load_tokenizer(model_name: str, max_length: int | None) -> tuple[Any, int]:

@@ -95,6 +95,9 @@ class IsoBNModule(Module):
     def get_config_dict(self) -> dict[str, Any]:
         return {key: getattr(self.isobn, key) for key in self.config_keys}
 
+    def _fold_isobn(self) -> None:
+        raise ValueError("IsoBNModule cannot be folded: it would be saved without its layer. It is one multiplication")
+
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)

@@ -11,18 +11,21 @@ hangs IsoBN and that dropout before the output layer, so that the pooled, activa
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from isobn_kernels.folding import fold_scale
+from isobn_kernels.folding import check_foldable, fold_scale
 from isobn_kernels.module import IsoBN
 
 try:
     import transformers
-    from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
     from transformers import initialization as init
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'isobn_kernels.integrations.transformers needs transformers: pip install "isobn_kernels[finetune]"',
@@ -52,9 +55,12 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     import this module and call `AutoModelForSequenceClassification.from_pretrained` as usual. Weights keep their
     names. Checkpoints of the Trainer hold the statistics; in half precision they stay float32.
 
-    With PEFT, apply IsoBN first and wrap then: the statistics are saved with the classifier, which is among the
-    modules that PEFT saves in full for the task type SEQ_CLS. Over several processes, see
-    `isobn_kernels.IsoBN.convert_sync_isobn`; for serving, `isobn_kernels.fold_isobn`.
+    With PEFT, apply IsoBN first and wrap then. The statistics are saved with the classifier, which PEFT saves in full
+    for the task type SEQ_CLS, and otherwise with ``modules_to_save=["classifier"]``; name ``target_modules``, and leave
+    the output layer out of them. To load an adapter, make its base the same way:
+    ``PeftModel.from_pretrained(apply_isobn(base), adapter)``. Quantize a folded model: tools that replace linear layers
+    would take IsoBN out with the output layer. Over several processes, see `isobn_kernels.IsoBN.convert_sync_isobn`;
+    for serving, `isobn_kernels.fold_isobn`.
 
     Args:
         model: a sequence classifier of BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, DeBERTa-v2, ALBERT, MPNet or
@@ -83,19 +89,20 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
     Source: Zhou, Lin and Ren, AAAI 2021, https://arxiv.org/abs/2005.02178.
     """
-    for name in ("process_group", "device"):
+    for name in ("process_group", "device", "num_features"):
         if name in options:
             raise TypeError(
-                f"{name} cannot be saved with the model: move it with model.to(device), and use "
+                f"{name} is no option here: num_features is the model's; move it with model.to(device), and use "
                 "IsoBN.convert_sync_isobn(model) for statistics across processes"
             )
     family = _family(model)
     if isinstance(model, _WithIsoBN):
         raise ValueError(f"model, a {type(model).__name__}, has IsoBN already")
     _insert(model, family, options)
-    model.config.__class__ = _WITH_ISOBN[type(model)].config_class
-    model.config.isobn = options
     model.__class__ = _WITH_ISOBN[type(model)]
+    _give_config(model, model.config_class, options)
+    # It is no longer what it was loaded from, which PEFT would note as the base of an adapter.
+    model.name_or_path = model.config._name_or_path = ""
     return model
 
 
@@ -152,6 +159,10 @@ def register_family(
     globals().update({with_config.__name__: with_config, with_isobn.__name__: with_isobn})
     AutoConfig.register(model_type, with_config)
     AutoModelForSequenceClassification.register(with_config, with_isobn)
+    # The encoder alone and the tokenizer are those of the plain model.
+    for mapping in (AutoModel._model_mapping, TOKENIZER_MAPPING):
+        if config_class in mapping:
+            mapping.register(with_config, mapping[config_class])
     return with_isobn
 
 
@@ -193,7 +204,10 @@ class _WithIsoBN(PreTrainedModel):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        _insert(self, _FAMILIES[type(self)], getattr(config, "isobn", {}))
+        options = getattr(config, "isobn", {})
+        _insert(self, _family(self), options)
+        if not isinstance(config, self.config_class):
+            _give_config(self, self.config_class, options)
 
     def _init_weights(self, module: nn.Module) -> None:
         # Buffer by buffer, with functions that leave alone what a checkpoint has filled.
@@ -205,8 +219,10 @@ class _WithIsoBN(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _fold_isobn(self) -> None:
-        """Give the scale to the weights and become the library's own model again; `isobn_kernels.fold_isobn` asks."""
+    def _fold_isobn(self) -> Callable[[], None]:
+        """The step that gives the scale to the weights and makes this the library's own model, checked now."""
+        if type(self) not in _FAMILIES:
+            raise ValueError(f"model is a {type(self).__name__}: fold the model itself, before sharding or subclassing")
         family = _FAMILIES[type(self)]
         output = self.get_submodule(family.output)
         if [module for module in self.modules() if isinstance(module, IsoBN)] != [getattr(output, "isobn", None)]:
@@ -215,16 +231,32 @@ class _WithIsoBN(PreTrainedModel):
             raise ValueError(
                 f"{family.output} has hooks of accelerate: remove_hook_from_module(model, recurse=True) first"
             )
-        fold_scale(output.isobn, output)
-        self.set_submodule(family.dropout, output.dropout)
-        for path in filter(None, (family.output, family.dense)):
-            linear = self.get_submodule(path)
-            _become(linear, nn.Linear)
-            del linear.dropout
-        del output.isobn
-        self.config.__class__ = self._plain_class.config_class
-        del self.config.isobn
-        self.__class__ = self._plain_class
+        check_foldable(self, output.isobn, output, family.output)
+
+        def fold() -> None:
+            fold_scale(output.isobn, output)
+            self.set_submodule(family.dropout, output.dropout)
+            for path in filter(None, (family.output, family.dense)):
+                linear = self.get_submodule(path)
+                _become(linear, nn.Linear)
+                del linear.dropout
+            del output.isobn
+            _give_config(self, self._plain_class.config_class, None)
+            self.__class__ = self._plain_class
+
+        return fold
+
+
+def _give_config(model: PreTrainedModel, config_class: type, options: dict[str, Any] | None) -> None:
+    """Give the model and its parts a configuration of that class; the one it has may be another model's too."""
+    old, new = model.config, copy.deepcopy(model.config)
+    new.__class__ = config_class
+    vars(new).pop("isobn", None)
+    if options is not None:
+        new.isobn = options
+    for module in model.modules():
+        if vars(module).get("config") is old:
+            module.config = new
 
 
 def _insert(model: PreTrainedModel, family: _Family, options: dict[str, Any]) -> None:
@@ -258,14 +290,15 @@ def _become(module: nn.Module, module_class: type[nn.Module]) -> None:
 
 
 def _family(model: PreTrainedModel) -> _Family:
-    try:
-        return _FAMILIES[type(model)]
-    except KeyError:
-        supported = ", ".join(known.__name__ for known in _WITH_ISOBN)
+    # A subclass of a class with IsoBN keeps its head where that does; one of a library class may do anything.
+    known = [kind for kind in type(model).__mro__ if kind in _FAMILIES]
+    if not known or (known[0] is not type(model) and not issubclass(known[0], _WithIsoBN)):
+        supported = ", ".join(kind.__name__ for kind in _WITH_ISOBN)
         raise ValueError(
             f"model is a {type(model).__name__}, which apply_isobn does not know; expected one of {supported}. "
             "register_family teaches it another class; apply it before wrapping a model (PEFT, DDP, compile)"
-        ) from None
+        )
+    return _FAMILIES[known[0]]
 
 
 _LAYER = {"output": "classifier", "dropout": "dropout"}
