@@ -296,7 +296,10 @@ def test_peft(family: str, tmp_path: Path) -> None:
     assert (fold_isobn(merged)(**batch()).logits - expected).abs().max() < 1e-5
 
 
-def test_peft_does_not_load_the_adapter_over_a_base_without_isobn(tmp_path: Path) -> None:
+def test_peft_does_not_load_the_adapter_over_a_base_without_isobn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a hub
     peft = pytest.importorskip("peft", reason="needs pip install peft")
     plain().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
