@@ -14,12 +14,27 @@ import pickle
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DTYPES, State, batch, dtype_name, fresh, same_bits, state_dtype, to_bytes, to_numpy, upstream, warm
+from helpers import (
+    DTYPES,
+    State,
+    assert_same_state,
+    assert_untouched,
+    batch,
+    dtype_name,
+    fresh,
+    same_bits,
+    state_dtype,
+    to_bytes,
+    to_numpy,
+    upstream,
+    warm,
+)
 from tolerance import BOUNDS, SLACK, covariance_error, relative
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -264,6 +279,7 @@ def gradient_through_statistics():
                 expected = oracle.gradient(to_numpy(x), to_numpy(dout), truth, **options)
                 error = relative(to_numpy(concatenated(dx)), expected, axis=0)
                 assert error <= 2 * relative(to_numpy(reference_dx), expected, axis=0) + slack, (dtype, sizes, options)
+                assert error <= BOUNDS[dtype_name(dtype)]["dx through statistics"], (dtype, sizes, options)
                 assert dx.dtype == dtype
                 assert_same_everywhere(state)
 
@@ -361,6 +377,37 @@ class Calls:
 class NoCalls(Calls):
     def __call__(self, tensor, *_, **__):
         return None
+
+
+class FailingCall(Calls):
+    """All-reduces of which one fails, on every rank alike: none then waits for another."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, tensor, *args, **options):
+        if len(self.shapes) == self.number:
+            raise RuntimeError("it failed")
+        return super().__call__(tensor, *args, **options)
+
+
+@check(1, 2)
+def an_error_within_a_step_leaves_the_state_alone():
+    sizes = [5] * world()
+    x = mine(batch(sum(sizes), D), sizes).requires_grad_()
+    for stop_gradient in (True, False):
+        for part in (0, 1, "scale"):
+            state, expected = warm(D), warm(D)
+            before = state.clone()
+            failing = FailingCall(part)
+            if part == "scale":
+                failing = mock.patch.object(reference, "compute_scale", side_effect=RuntimeError("it failed"))
+            with pytest.raises(RuntimeError, match="it failed"), failing:
+                train(x, state, stop_gradient=stop_gradient, backend="reference")
+            assert_untouched(state, before)
+            for s in (state, expected):
+                train(x, s, stop_gradient=stop_gradient, backend="reference")
+            assert_same_state(state, expected)
 
 
 @check(1, 2)
@@ -518,6 +565,21 @@ def ddp_with_convert_sync_isobn():
             train_both(wrapped, alone)
             assert_equal_models(wrapped.module, alone)
             assert_same_everywhere(state_of(wrapped.module[2]))
+
+
+@check(1, 2)
+def conversion_reaches_every_layer():
+    group = dist.new_group()
+    nested = nn.ModuleDict({"head": nn.Sequential(nn.Sequential(IsoBN(3)), nn.Linear(3, 4)), "last": IsoBN(4)})
+    layers = [nested["head"][0][0], nested["last"]]
+    assert IsoBN.convert_sync_isobn(nested, group) is nested
+    assert all(layer.process_group is group for layer in layers)
+    assert IsoBN.convert_sync_isobn(nested) is nested
+    assert all(layer.process_group is dist.group.WORLD for layer in layers)
+    bare = IsoBN(3)
+    assert IsoBN.convert_sync_isobn(bare) is bare
+    assert bare.process_group is dist.group.WORLD
+    dist.destroy_process_group(group)
 
 
 @check(2)
