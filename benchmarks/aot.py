@@ -92,19 +92,20 @@ def record(N: int, D: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
     from triton.runtime import KernelInterface
 
     from isobn_kernels.backends import triton as backend
+    from isobn_kernels.state import Options, State
 
     kernels = backend.kernels
     found: dict[str, list[Launch]] = {}
     originals = {name: value for name, value in vars(kernels).items() if isinstance(value, KernelInterface)}
     x = torch.zeros(N, D, dtype=dtype)
-    state = (torch.zeros(D, D), torch.zeros(D), torch.ones(D), torch.zeros((), dtype=torch.int64))
-    cov, std, scale, count = state
-    numbers = (0.05, 1e-3, 0.5, False)
+    cov, std, scale = torch.zeros(D, D), torch.zeros(D), torch.ones(D)
+    count = torch.zeros((), dtype=torch.int64)
+    state, options = State(cov, std, scale, count), Options()
     for function, call in (
-        ("train_forward", lambda: backend.train_forward(x, cov, std, scale, count, *numbers)),
-        ("compute_scale", lambda: backend.compute_scale(cov, std, count, *numbers)),
+        ("train_forward", lambda: backend.train_forward(x, state, options)),
+        ("compute_scale", lambda: backend.compute_scale(state, options)),
         ("apply_scale", lambda: backend.apply_scale(x, scale)),
-        ("train_backward", lambda: backend.train_backward(x, x, cov, std, scale, count, *numbers)),
+        ("train_backward", lambda: backend.train_backward(x, x, state, options)),
     ):
         found[function] = []
         recorders = {name: _Recorder(name, kernel, found[function]) for name, kernel in originals.items()}

@@ -32,7 +32,7 @@ from benchmarks import results
 from benchmarks.clocks import Call, Quartiles, quartiles, wall_clock
 from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
 from benchmarks.run import busy_reasons, grid
-from isobn_kernels import functional, isobn
+from isobn_kernels import _checks, functional, isobn
 from isobn_kernels.backends import cpu, cuda
 from isobn_kernels.backends import triton as backend
 
@@ -140,8 +140,8 @@ def entries(shape: Shape, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Cal
         return lambda: torch.autograd.grad(forward(), x, dout)
 
     def checks() -> None:
-        functional._check_hyperparameters(MOMENTUM, EPS, BETA)
-        functional._check_tensors(x, cov, std, scale, batches)
+        _checks.check_hyperparameters(MOMENTUM, EPS, BETA)
+        _checks.check_tensors(x, cov, std, scale, batches)
 
     options: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS, "beta": BETA}
     options |= {"scale": scale, "num_batches_tracked": batches}

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from isobn_kernels import backends, distributed
-from isobn_kernels.functional import _check_hyperparameters, _compute_scale, isobn
+from isobn_kernels import _operators, backends
+from isobn_kernels._checks import check_hyperparameters
+from isobn_kernels.backends import across_ranks
+from isobn_kernels.functional import isobn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -88,10 +90,10 @@ class IsoBN(nn.Module):
             raise TypeError(f"num_features must be an int, got {type(num_features).__name__}")
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
-        _check_hyperparameters(momentum, eps, beta)
+        check_hyperparameters(momentum, eps, beta)
         backends.check_name(backend)
         if process_group is not None:
-            distributed.check_group(process_group)
+            across_ranks.check_group(process_group)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -135,8 +137,8 @@ class IsoBN(nn.Module):
             >>> torch.distributed.destroy_process_group()
         """
         if process_group is None:
-            process_group = distributed.world()
-        distributed.check_group(process_group)
+            process_group = across_ranks.world()
+        across_ranks.check_group(process_group)
         for layer in module.modules():
             if isinstance(layer, IsoBN):
                 layer.process_group = process_group
@@ -154,7 +156,7 @@ class IsoBN(nn.Module):
     def refresh_scale(self) -> None:
         """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
         self.scale.copy_(
-            _compute_scale(
+            _operators.compute_scale(
                 self.running_cov,
                 self.running_std,
                 self.num_batches_tracked,
@@ -163,6 +165,7 @@ class IsoBN(nn.Module):
                 self.beta,
                 self.bias_correction,
                 self.backend,
+                "",
             )
         )
 

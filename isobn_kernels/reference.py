@@ -42,6 +42,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from isobn_kernels.state import Options, State
+
 NAME = "reference"
 
 # Rows of the batch in one matrix product: a longer one, of few columns, adds up inaccurately in some BLAS libraries.
@@ -58,22 +60,18 @@ def unsupported_reason(x: Tensor) -> str | None:
     return None
 
 
-def train_forward(
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> tuple[Tensor, Tensor]:
+def too_few_rows(x: Tensor) -> bool:
+    return x.shape[0] < 2
+
+
+def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
     """One training step on ``x`` (N, D) with N >= 2: equations (1)-(10).
 
     Updates the three statistics and the step counter in place; returns ``(out, scale)``, both fresh tensors.
     """
-    with _exact_float32_matmul(x):
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
+    with exact_float32_matmul(x):
         y, s = centre(x.to(running_cov.dtype))
         B = gram(y) / y.shape[0]  # (3)
     C, sigma = moved(running_cov, running_std, B, s, momentum)
@@ -83,22 +81,17 @@ def train_forward(
     # Nothing is written before all of it is there: an error leaves the state as it was.
     running_cov.copy_(C)
     running_std.copy_(sigma)
-    scale.copy_(saved_scale)
+    if scale is not None:
+        scale.copy_(saved_scale)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return out, saved_scale
 
 
-def compute_scale(
-    running_cov: Tensor,
-    running_std: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def compute_scale(state: State, options: Options) -> Tensor:
     """The scale (D,) that the statistics call for: equations (5)-(9)."""
+    running_cov, running_std, _, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     w = correction_weight(num_batches_tracked, momentum, bias_correction)
     return scale_of(symmetric(running_cov) / w, running_std / w, eps, beta)
 
@@ -108,47 +101,27 @@ def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
     return (x * scale).to(x.dtype).contiguous()
 
 
-def train_backward(
-    dout: Tensor,
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
     """Gradient of a training step with ``stop_gradient=False``: through ``scale`` and the statistics it came from.
 
     ``running_cov``, ``running_std`` and ``num_batches_tracked`` are copies taken right after the forward's update.
     """
-    dtype = running_cov.dtype
+    dtype, scale = state.running_cov.dtype, state.scale
     g = (dout.to(dtype) * x.to(dtype)).sum(dim=0)
     y, s = centre(x.to(dtype))
-    statistics = (running_cov, running_std, num_batches_tracked)
-    through = through_statistics(g, y, s, x.shape[0], *statistics, momentum, eps, beta, bias_correction)
+    through = through_statistics(g, y, s, x.shape[0], state, options)
     return (dout.to(dtype) * scale + through).to(x.dtype).contiguous()
 
 
 def through_statistics(
-    g: Tensor,
-    y: Tensor,
-    s: Tensor,
-    N: int | Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
+    g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: State, options: Options
 ) -> Tensor:
     """The part of ``train_backward`` that flows through the batch statistics, for the rows of ``y``.
 
     ``g``, ``s`` and ``N`` are those of the whole batch: the gradient that reaches ``scale``, deviations and rows.
     """
+    running_cov, running_std, _, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     D = y.shape[1]
     w = correction_weight(num_batches_tracked, momentum, bias_correction)
     C, sigma = symmetric(running_cov) / w, running_std / w
@@ -179,7 +152,7 @@ def through_statistics(
     seen = s.isfinite()
     y = torch.where(seen, y, 0.0)
     h_over_s = torch.where(seen & (s > 0), h / s, 0.0)
-    with _exact_float32_matmul(y):
+    with exact_float32_matmul(y):
         dstatistics = torch.where(seen, y @ G + y * h_over_s, 0.0)
     return (momentum / (w * N)) * dstatistics
 
@@ -242,7 +215,7 @@ def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_
 
 
 @contextlib.contextmanager
-def _exact_float32_matmul(x: Tensor) -> Iterator[None]:
+def exact_float32_matmul(x: Tensor) -> Iterator[None]:
     """Matrix products inside are IEEE float32: no autocast, no TF32, no bf16 passes, whatever the user chose."""
     matmul = torch.backends.cuda.matmul if x.is_cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     chosen = matmul.fp32_precision

@@ -41,7 +41,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from isobn_kernels import IsoBN, distributed, isobn, reference
+from isobn_kernels import IsoBN, isobn, reference
+from isobn_kernels.backends.across_ranks import AcrossRanks
+from isobn_kernels.state import Options
+from isobn_kernels.state import State as Bundle
 
 D = 12
 SECONDS = 60  # that a rank waits for another before it gives up
@@ -443,9 +446,9 @@ def nothing_is_read_by_the_host():
     numbers = (0.05, 1e-3, 0.5, True)
     group = dist.group.WORLD
     with NoCalls(), Reads():  # PyTorch 2.13 crashes on a collective under such a mode; of one rank it does nothing
-        scale = distributed.train_forward(x, *state.tensors.values(), *numbers, backend=reference, group=group)
-        statistics = (state.running_cov, state.running_std, scale, state.num_batches_tracked)
-        distributed.train_backward(x, x, *statistics, *numbers, group=group)
+        step, bundle = AcrossRanks(reference, group.group_name), Bundle(*state.tensors.values())
+        _, scale = step.train_forward(x, bundle, Options(*numbers))
+        step.train_backward(x, x, bundle._replace(scale=scale), Options(*numbers))
 
 
 @check(1)
@@ -455,10 +458,10 @@ def registered_operators():
     for bias_correction in (False, True):
         numbers = (0.05, 1e-3, 0.5, bias_correction, "auto", dist.group.WORLD.group_name)
         full = (*state.tensors.values(), *numbers)
-        torch.library.opcheck(operators.train_forward_across_ranks.default, (batch(9, D), *full))
-        torch.library.opcheck(operators.train_backward_across_ranks.default, (upstream(9, D), batch(9, D), *full))
+        torch.library.opcheck(operators.train_forward.default, (batch(9, D), *full))
+        torch.library.opcheck(operators.train_backward.default, (upstream(9, D), batch(9, D), *full))
     bare = (state.running_cov, state.running_std, None, None, 0.05, 1e-3, 0.5, False, *numbers[-2:])
-    torch.library.opcheck(operators.train_forward_across_ranks.default, (batch(9, D), *bare))
+    torch.library.opcheck(operators.train_forward.default, (batch(9, D), *bare))
 
 
 @check(1, 2)

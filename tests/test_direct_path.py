@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from isobn_kernels import IsoBN, functional, isobn
+from isobn_kernels import IsoBN, _torch_internals, isobn
 
 BOTH_MODES = pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
 JIT_IS_DEPRECATED = pytest.mark.filterwarnings(
@@ -21,7 +21,7 @@ def answer_inside(run):
     answers = []
 
     def ask(x):
-        answers.append(functional._is_plain(x))
+        answers.append(_torch_internals.is_plain(x))
         return x * 2
 
     run(ask)
@@ -100,7 +100,7 @@ def test_direct_path_is_not_taken(run):
 
 class AsksTheGuard(torch.nn.Module):
     def forward(self, x):
-        return x * 2 if functional._is_plain(x) else x * 3
+        return x * 2 if _torch_internals.is_plain(x) else x * 3
 
 
 def test_direct_path_is_not_taken_when_compiling():
@@ -115,15 +115,15 @@ def test_direct_path_is_not_taken_when_exporting(strict):
 
 def test_direct_path_is_taken():
     """A guard that always says no would pass the tests above, and cost every call several microseconds."""
-    assert functional._is_plain(X)
-    assert functional._is_plain(X.T)
-    assert functional._is_plain(X[:, ::2])
-    assert functional._is_plain(X.clone().requires_grad_())
-    assert functional._is_plain(torch.empty(0, 4))
+    assert _torch_internals.is_plain(X)
+    assert _torch_internals.is_plain(X.T)
+    assert _torch_internals.is_plain(X[:, ::2])
+    assert _torch_internals.is_plain(X.clone().requires_grad_())
+    assert _torch_internals.is_plain(torch.empty(0, 4))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert functional._is_plain(X)
+        assert _torch_internals.is_plain(X)
     with torch.inference_mode():
-        assert functional._is_plain(torch.ones(2))
+        assert _torch_internals.is_plain(torch.ones(2))
 
 
 # ---- Right values off the direct path ----

@@ -26,7 +26,7 @@ def fresh_compiler():
 
 
 def op_options(case, bias_correction=False):
-    return 0.05, 1e-3, 0.5, bias_correction, case.backend
+    return 0.05, 1e-3, 0.5, bias_correction, case.backend, ""
 
 
 def op_layouts(N, D, case, dtype=torch.float32):

@@ -13,6 +13,9 @@ import pytest
 import torch
 from helpers import batch, warm
 
+from isobn_kernels.state import Options
+from isobn_kernels.state import State as Bundle
+
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set, which counts the accesses"
 )
@@ -77,7 +80,7 @@ def training_step(monkeypatch, N, D, dtype):
     monkeypatch.setattr(triton.torch, "empty_like", lambda _: saved_scale)
     named = {"x": x, "C": C, "sigma": sigma, "scale": scale, "count": count, "out": out, "saved_scale": saved_scale}
     traffic = Traffic(monkeypatch, **named)
-    triton.train_forward(x, C, sigma, scale, count, 0.05, 1e-3, 0.5, False)
+    triton.train_forward(x, Bundle(C, sigma, scale, count), Options())
     return traffic
 
 

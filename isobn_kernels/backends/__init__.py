@@ -16,6 +16,8 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from isobn_kernels.state import Options, State
+
 # Fastest first.
 _MODULES = {
     "cuda": "isobn_kernels.backends.cuda",
@@ -40,42 +42,11 @@ class Backend(Protocol):
 
     def unavailable_reason(self) -> str | None: ...
     def unsupported_reason(self, x: Tensor) -> str | None: ...
-    def train_forward(
-        self,
-        x: Tensor,
-        running_cov: Tensor,
-        running_std: Tensor,
-        scale: Tensor,
-        num_batches_tracked: Tensor | None,
-        momentum: float,
-        eps: float,
-        beta: float,
-        bias_correction: bool,
-    ) -> tuple[Tensor, Tensor]: ...
-    def compute_scale(
-        self,
-        running_cov: Tensor,
-        running_std: Tensor,
-        num_batches_tracked: Tensor | None,
-        momentum: float,
-        eps: float,
-        beta: float,
-        bias_correction: bool,
-    ) -> Tensor: ...
+    def too_few_rows(self, x: Tensor) -> bool: ...
+    def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]: ...
+    def compute_scale(self, state: State, options: Options) -> Tensor: ...
     def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor: ...
-    def train_backward(
-        self,
-        dout: Tensor,
-        x: Tensor,
-        running_cov: Tensor,
-        running_std: Tensor,
-        scale: Tensor,
-        num_batches_tracked: Tensor | None,
-        momentum: float,
-        eps: float,
-        beta: float,
-        bias_correction: bool,
-    ) -> Tensor: ...
+    def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor: ...
 
 
 @cache
@@ -103,7 +74,17 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *_MODULES)}, got {backend!r}")
 
 
-def select(backend: str, x: Tensor) -> Backend:
+def select(backend: str, x: Tensor, group: str = "") -> Backend:
+    """The backend called ``backend`` for ``x``; with the name of a process group, on the rows of all its ranks."""
+    chosen = _select(backend, x)
+    if not group:
+        return chosen
+    from isobn_kernels.backends.across_ranks import AcrossRanks
+
+    return AcrossRanks(chosen, group)
+
+
+def _select(backend: str, x: Tensor) -> Backend:
     """The backend called ``backend``, or for "auto" the fastest that can take ``x``.
 
     Raises:

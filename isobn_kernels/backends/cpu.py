@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isobn_kernels.state import Options, State
+
 NAME = "cpu"
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # DType in csrc/cpu/kernels.h
@@ -58,19 +60,16 @@ def unsupported_reason(x: Tensor) -> str | None:
     return None if x.device.type == "cpu" else f"x is on {x.device} and it takes CPU tensors only"
 
 
-def train_forward(
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> tuple[Tensor, Tensor]:
+def too_few_rows(x: Tensor) -> bool:
+    return x.shape[0] < 2
+
+
+def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     N, D = x.shape
     dtype, threads = _DTYPE[x.dtype], torch.get_num_threads()
+    scale = torch.empty_like(running_std) if scale is None else scale
     out = torch.empty((N, D), dtype=x.dtype)
     saved_scale = torch.empty_like(running_std)
     workspace = torch.empty(_C.workspace_bytes(_TRAIN_FORWARD, dtype, N, D, threads), dtype=torch.uint8)
@@ -99,15 +98,9 @@ def train_forward(
     return out, saved_scale
 
 
-def compute_scale(
-    running_cov: Tensor,
-    running_std: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def compute_scale(state: State, options: Options) -> Tensor:
+    running_cov, running_std, _, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     dtype, threads, (D,) = _DTYPE[running_std.dtype], torch.get_num_threads(), running_std.shape
     scale = torch.empty_like(running_std)
     workspace = torch.empty(_C.workspace_bytes(_COMPUTE_SCALE, dtype, 0, D, threads), dtype=torch.uint8)
@@ -137,18 +130,9 @@ def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def train_backward(
-    dout: Tensor,
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     N, D = x.shape
     dtype, threads = _DTYPE[x.dtype], torch.get_num_threads()
     dx = torch.empty((N, D), dtype=x.dtype)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isobn_kernels.state import Options, State
+
 NAME = "cuda"
 
 _DEVICE_TYPE = "cuda"
@@ -109,19 +111,16 @@ def unsupported_reason(x: Tensor) -> str | None:
     return device_reason(x.get_device())
 
 
-def train_forward(
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> tuple[Tensor, Tensor]:
+def too_few_rows(x: Tensor) -> bool:
+    return x.shape[0] < 2
+
+
+def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     N, D = x.shape
     dtype, device, index = _DTYPE[x.dtype], x.device, x.get_device()
+    scale = torch.empty_like(running_std) if scale is None else scale
     out = torch.empty((N, D), dtype=x.dtype, device=device)
     saved_scale = torch.empty_like(running_std)
     workspace = torch.empty(_cuda.workspace_bytes(_TRAIN_FORWARD, D), dtype=torch.uint8, device=device)
@@ -151,15 +150,9 @@ def train_forward(
     return out, saved_scale
 
 
-def compute_scale(
-    running_cov: Tensor,
-    running_std: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def compute_scale(state: State, options: Options) -> Tensor:
+    running_cov, running_std, _, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     (D,), index = running_std.shape, running_std.get_device()
     scale = torch.empty_like(running_std)
     workspace = torch.empty(_cuda.workspace_bytes(_COMPUTE_SCALE, D), dtype=torch.uint8, device=running_std.device)
@@ -199,18 +192,9 @@ def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def train_backward(
-    dout: Tensor,
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     N, D = x.shape
     dtype, device, index = _DTYPE[x.dtype], x.device, x.get_device()
     dx = torch.empty((N, D), dtype=x.dtype, device=device)

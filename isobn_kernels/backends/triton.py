@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isobn_kernels.state import Options, State
+
 NAME = "triton"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,20 +115,17 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def train_forward(
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> tuple[Tensor, Tensor]:
+def too_few_rows(x: Tensor) -> bool:
+    return x.shape[0] < 2
+
+
+def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     N, D = x.shape
     plan, (row_stride, col_stride) = _plan(N, D), x.stride()
     config, fused, summed = plan.config, D <= FUSED_FEATURES, N > ONE_PASS_ROWS
+    scale = torch.empty_like(running_std) if scale is None else scale
     out = torch.empty((N, D), dtype=x.dtype, device=x.device)
     saved_scale = torch.empty_like(running_std)
     work = plan.workspace(x, 1 if summed else 0)
@@ -161,15 +160,9 @@ def train_forward(
     return out, saved_scale
 
 
-def compute_scale(
-    running_cov: Tensor,
-    running_std: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def compute_scale(state: State, options: Options) -> Tensor:
+    running_cov, running_std, _, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     plan = _plan(0, running_std.shape[0])
     scale = torch.empty_like(running_std)
     work = plan.workspace(running_std)
@@ -191,18 +184,9 @@ def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def train_backward(
-    dout: Tensor,
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-) -> Tensor:
+def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
+    running_cov, running_std, scale, num_batches_tracked = state
+    momentum, eps, beta, bias_correction = options
     N, D = x.shape
     plan = _plan(N, D)
     config, numbers = plan.config, (float(eps), float(beta))

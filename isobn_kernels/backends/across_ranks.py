@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from isobn_kernels import reference
+from isobn_kernels._torch_internals import group_named
+from isobn_kernels.state import Options, State
 
 if TYPE_CHECKING:
     from isobn_kernels.backends import Backend
@@ -44,9 +46,13 @@ def check_alive(process_group: dist.ProcessGroup) -> None:
         ) from error
 
 
-def named(group_name: str) -> dist.ProcessGroup:
-    """The group of that name: a registered operator takes no groups."""
-    return dist.distributed_c10d._resolve_process_group(cast(Any, group_name))
+def name_of(process_group: dist.ProcessGroup | None) -> str:
+    """The name under which an operator takes the group; empty for none."""
+    if process_group is None:
+        return ""
+    if not torch.compiler.is_compiling():
+        check_alive(process_group)
+    return process_group.group_name
 
 
 def world() -> dist.ProcessGroup:
@@ -62,74 +68,53 @@ def _check_available() -> None:
         raise RuntimeError("process_group needs torch.distributed, which this build of PyTorch lacks")
 
 
-def train_forward(
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-    *,
-    backend: Backend,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """Update the state with the rows of all ranks, of which ``x`` (N, D) are this one's: (1)-(9).
+class AcrossRanks:
+    """A backend on the rows of all ranks of a group: two all-reduces around the equations, the scale by ``backend``."""
 
-    Returns the scale to apply, a fresh tensor. With fewer than two rows in all, the state is untouched and that is the
-    stored scale.
-    """
-    n, y = _centre(x, running_cov.dtype, group)
-    with reference._exact_float32_matmul(x):
-        products = reference.gram(y)
-    B = _sum_over_ranks(products, group) / n  # (3)
-    s = B.diagonal().sqrt()  # (2)
-    varies = n >= 2
-    C, sigma = reference.moved(running_cov, running_std, B, s, momentum)
-    C, sigma = torch.where(varies, C, running_cov), torch.where(varies, sigma, running_std)
-    count = None if num_batches_tracked is None else num_batches_tracked + varies
-    saved_scale = backend.compute_scale(C, sigma, count, momentum, eps, beta, bias_correction)
-    if scale is not None:
-        saved_scale = torch.where(varies, saved_scale, scale)
-    # Nothing is written before all of it is there: an error leaves the state as it was.
-    running_cov.copy_(C)
-    running_std.copy_(sigma)
-    if scale is not None:
-        scale.copy_(saved_scale)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(varies)
-    return saved_scale
+    def __init__(self, backend: Backend, group_name: str) -> None:
+        self.backend, self.group = backend, group_named(group_name)
+        self.apply_scale, self.compute_scale = backend.apply_scale, backend.compute_scale
 
+    def too_few_rows(self, x: Tensor) -> bool:
+        return False  # the ranks find out together, in `train_forward`
 
-def train_backward(
-    dout: Tensor,
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float,
-    eps: float,
-    beta: float,
-    bias_correction: bool,
-    *,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """`reference.train_backward` on the rows of all ranks: the gradient of the sum of the ranks' losses.
+    def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
+        """Equations (1)-(10). With fewer than two rows in all the state is untouched and the stored scale is applied."""
+        running_cov, running_std, scale, num_batches_tracked = state
+        n, y = _centre(x, running_cov.dtype, self.group)
+        with reference.exact_float32_matmul(x):
+            products = reference.gram(y)
+        B = _sum_over_ranks(products, self.group) / n  # (3)
+        s = B.diagonal().sqrt()  # (2)
+        varies = n >= 2
+        C, sigma = reference.moved(running_cov, running_std, B, s, options.momentum)
+        C, sigma = torch.where(varies, C, running_cov), torch.where(varies, sigma, running_std)
+        count = None if num_batches_tracked is None else num_batches_tracked + varies
+        saved_scale = self.backend.compute_scale(State(C, sigma, None, count), options)
+        if scale is not None:
+            saved_scale = torch.where(varies, saved_scale, scale)
+        out = reference.apply_scale(x, saved_scale)
+        # Nothing is written before all of it is there: an error leaves the state as it was.
+        running_cov.copy_(C)
+        running_std.copy_(sigma)
+        if scale is not None:
+            scale.copy_(saved_scale)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(varies)
+        return out, saved_scale
 
-    The batch's mean and deviations are summed anew rather than kept by the forward: one that is repeated inside a
-    backward pass does not have them.
-    """
-    dtype = running_cov.dtype
-    n, y = _centre(x, dtype, group)
-    sums = torch.stack([(dout.to(dtype) * x.to(dtype)).sum(0), y.square().sum(0)])
-    g, squares = _sum_over_ranks(sums, group)
-    statistics = (running_cov, running_std, num_batches_tracked)
-    s = (squares / n).sqrt()
-    through = reference.through_statistics(g, y, s, n, *statistics, momentum, eps, beta, bias_correction)
-    return (dout.to(dtype) * scale + torch.where(n >= 2, through, 0.0)).to(x.dtype).contiguous()
+    def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
+        """The gradient of the sum of the ranks' losses.
+
+        The batch's mean and deviations are summed again rather than kept by the forward: one that is repeated inside
+        a backward pass does not have them.
+        """
+        dtype = state.running_cov.dtype
+        n, y = _centre(x, dtype, self.group)
+        sums = torch.stack([(dout.to(dtype) * x.to(dtype)).sum(0), y.square().sum(0)])
+        g, squares = _sum_over_ranks(sums, self.group)
+        through = reference.through_statistics(g, y, (squares / n).sqrt(), n, state, options)
+        return (dout.to(dtype) * state.scale + torch.where(n >= 2, through, 0.0)).to(x.dtype).contiguous()
 
 
 def _centre(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

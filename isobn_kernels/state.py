@@ -1,0 +1,23 @@
+"""The two bundles that every layer of the package passes on: what a step changes, and the numbers it uses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """The statistics of one IsoBN layer. A training step updates all four in place."""
+
+    running_cov: Tensor  # (D, D)
+    running_std: Tensor  # (D,)
+    scale: Tensor | None  # (D,), what evaluation multiplies by
+    num_batches_tracked: Tensor | None  # (), int64
+
+
+class Options(NamedTuple):
+    momentum: float = 0.05
+    eps: float = 1e-3
+    beta: float = 0.5
+    bias_correction: bool = False
