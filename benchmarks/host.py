@@ -35,6 +35,7 @@ from benchmarks.run import busy_reasons, grid
 from isobn_kernels import _checks, functional, isobn
 from isobn_kernels.backends import cpu, cuda
 from isobn_kernels.backends import triton as backend
+from isobn_kernels.state import Options, State
 
 CASES = (((32, 768), torch.float32), ((32, 384), torch.bfloat16))
 ROUNDS, CALLS = 40, 200
@@ -140,8 +141,7 @@ def entries(shape: Shape, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Cal
         return lambda: torch.autograd.grad(forward(), x, dout)
 
     def checks() -> None:
-        _checks.check_hyperparameters(MOMENTUM, EPS, BETA)
-        _checks.check_tensors(x, cov, std, scale, batches)
+        _checks.check_arguments(x, State(cov, std, scale, batches), Options(MOMENTUM, EPS, BETA))
 
     options: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS, "beta": BETA}
     options |= {"scale": scale, "num_batches_tracked": batches}

@@ -1,7 +1,8 @@
-"""The gradients: through the scale as a constant, or through the statistics it came from."""
+"""The gradients of a training step: through the scale as a constant, or through the statistics it came from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,26 +10,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isobn_kernels import _operators, backends
-from isobn_kernels._torch_internals import disable_dynamo, is_plain
-from isobn_kernels.state import Options, State
+from isobn_kernels._torch_internals import disable_dynamo, has_tangent, is_plain, register_autograd
+from isobn_kernels.state import Options, State, Where
+
+_NO_FORWARD_MODE = (
+    "stop_gradient=False has no forward-mode derivative: use reverse mode (torch.func.vjp, backward), "
+    "or stop_gradient=True"
+)
+
+# What a Function below calls for its forward: one of `_operators`, directly or as a registered operator.
+Step = Callable[[Tensor, State, Options, Where], tuple[Tensor, ...]]
 
 
 class Train(torch.autograd.Function):
     """The default: ``dx = dout * scale``. Without `setup_context`, which costs 20 us a call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, state: State, options: Options, where: tuple[str, str]) -> Tensor:
-        out, scale = _operators.train_forward(x, *state, *options, *where)
+    def forward(
+        ctx: Any, x: Tensor, step: Step, state: State, options: Options, where: Where
+    ) -> tuple[Tensor, Tensor]:
+        out, scale = step(x, state, options, where)
+        ctx.mark_non_differentiable(scale)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale)
-        ctx.backend = where[0]
-        return out
+        ctx.where = where
+        return out, scale
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor, None, None, None, None]:
         (scale,) = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain(dout):  # to be differentiated again, or fused by a compiler
-            return (dout * scale).to(dout.dtype), None, None, None
-        return backends.select(ctx.backend, dout).apply_scale(dout, scale), None, None, None
+            dx = (dout * scale).to(dout.dtype)
+        else:
+            dx = backends.select(ctx.where, dout).apply_scale(dout, scale)
+        return dx, None, None, None, None
 
 
 class TrainThroughStatistics(torch.autograd.Function):
@@ -37,23 +52,26 @@ class TrainThroughStatistics(torch.autograd.Function):
     vmap = staticmethod(_operators.refuse_vmap)
 
     @staticmethod
-    def forward(x: Tensor, state: State, options: Options, where: tuple[str, str]) -> tuple[Tensor | None, ...]:
-        out, scale = _operators.train_forward(x, *state, *options, *where)
-        count = None if state.num_batches_tracked is None else state.num_batches_tracked.clone()
-        return out, state.running_cov.clone(), state.running_std.clone(), scale, count
+    def forward(x: Tensor, step: Step, state: State, options: Options, where: Where) -> tuple[Tensor, ...]:
+        return step(x, state, options, where)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, _, *ctx.rest = inputs
-        ctx.mark_non_differentiable(*(copy for copy in output[1:] if copy is not None))
+        x, _, _, *ctx.rest = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
-        x, *state = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+        x, *copy = ctx.saved_tensors
         options, where = ctx.rest
-        return _operators.train_backward(dout, x, *state, *options, *where), None, None, None
+        if is_plain(dout, x):
+            dx = _operators.train_backward(dout, x, State(*copy), options, where)
+        else:
+            dx = torch.ops.isobn_kernels.train_backward(dout, x, *copy, *options, *where)
+        return dx, None, None, None, None
 
 
 class TransformedThroughStatistics(TrainThroughStatistics):
@@ -61,6 +79,28 @@ class TransformedThroughStatistics(TrainThroughStatistics):
 
     forward = staticmethod(disable_dynamo(TrainThroughStatistics.forward))
     backward = staticmethod(disable_dynamo(TrainThroughStatistics.backward))
+
+
+def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Give the operator called ``name`` the gradient of ``function``."""
+
+    def rule(below: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+        if has_tangent(x):
+            raise NotImplementedError(_NO_FORWARD_MODE)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return below(x, *rest)
+        state, options, where = _operators.bundled(*rest)
+
+        def step(x: Tensor, state: State, options: Options, where: Where) -> Any:
+            return below(x, *state, *options, *where)
+
+        return function.apply(x, step, state, options, where)
+
+    register_autograd(_operators.LIBRARY, name, rule)
+
+
+_differentiate("train_forward", Train)
+_differentiate("train_forward_through_statistics", TrainThroughStatistics)
 
 
 def refuse_transforms_without_a_rule(x: Tensor) -> None:
@@ -85,7 +125,4 @@ class _ForwardModeRefused(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
-        raise NotImplementedError(
-            "stop_gradient=False has no forward-mode derivative: use reverse mode (torch.func.vjp, backward), "
-            "or stop_gradient=True"
-        )
+        raise NotImplementedError(_NO_FORWARD_MODE)

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from isobn_kernels._torch_internals import has_tangent
+from isobn_kernels.state import Options, State
+
 _STATE_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -27,48 +30,86 @@ def check_hyperparameters(momentum: float, eps: float, beta: float) -> None:
         raise ValueError(f"beta must be a finite number, 0 or above, got {beta}")
 
 
-def check_tensors(
-    x: Tensor,
-    running_cov: Tensor,
-    running_std: Tensor,
-    scale: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    given = {"x": x, "running_cov": running_cov, "running_std": running_std}
-    if scale is not None:
-        given["scale"] = scale
-    if num_batches_tracked is not None:
-        given["num_batches_tracked"] = num_batches_tracked
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} must be dense (layout torch.strided), got layout {tensor.layout}: use to_dense()")
+def check_arguments(x: Tensor, state: State, options: Options) -> None:
+    """Raise unless a step with these arguments can be computed, for ``x`` (..., D)."""
+    _check_strided("x", x)
     state_dtype = _STATE_DTYPE.get(x.dtype)
     if state_dtype is None:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if running_std.dim() != 1 or running_std.shape[0] == 0:
-        raise ValueError(
-            f"running_std must have shape (num_features,), num_features at least 1, got {tuple(running_std.shape)}"
-        )
-    D = running_std.shape[0]
+    D = _num_features(state)
     if x.dim() == 0 or x.shape[-1] != D:
         raise ValueError(f"x must have shape (..., {D}), as running_std has {D} features, got {tuple(x.shape)}")
-    vector = ((D,), state_dtype)
-    expected = {"running_cov": ((D, D), state_dtype), "running_std": vector, "scale": vector}
-    expected["num_batches_tracked"] = ((), torch.int64)
-    del given["x"]
-    for name, tensor in given.items():
-        shape, dtype = expected[name]
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    _check_state(state, options, state_dtype, x.device, x.dtype)
+
+
+def check_state(state: State, options: Options) -> None:
+    """Raise unless the scale can be computed from the state, where there is no batch."""
+    _num_features(state)
+    std = state.running_std
+    if std.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"running_std must be float32 or float64, got {std.dtype}")
+    _check_state(state, options, std.dtype, std.device, std.dtype)
+
+
+def check_rows(x: Tensor, dout: Tensor | None = None) -> None:
+    """Raise unless ``x`` is (N, D), and ``dout`` a gradient for it: what an operator takes."""
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape (N, D), got {tuple(x.shape)}")
+    if dout is None:
+        return
+    _check_strided("dout", dout)
+    if dout.shape != x.shape:
+        raise ValueError(f"dout must have the shape of x, {tuple(x.shape)}, got {tuple(dout.shape)}")
+    if dout.dtype != x.dtype:
+        raise TypeError(f"dout must have the dtype of x, {x.dtype}, got {dout.dtype}")
+    if dout.device != x.device:
+        raise ValueError(f"dout must be on the device of x, {x.device}, got {dout.device}")
+
+
+def _check_state(
+    state: State, options: Options, state_dtype: torch.dtype, device: torch.device, x_dtype: torch.dtype
+) -> None:
+    check_hyperparameters(*options[:3])
+    if options.bias_correction and state.num_batches_tracked is None:
+        raise ValueError("bias_correction=True needs num_batches_tracked, the () int64 tensor that counts updates")
+    D = state.running_std.shape[0]
+    for name, tensor, expected, dtype in (
+        ("running_cov", state.running_cov, (D, D), state_dtype),
+        ("running_std", state.running_std, (D,), state_dtype),
+        ("scale", state.scale, (D,), state_dtype),
+        ("num_batches_tracked", state.num_batches_tracked, (), torch.int64),
+    ):
+        if tensor is None and name in ("scale", "num_batches_tracked"):
+            continue
+        _check_strided(name, tensor)
+        if tensor.shape != expected:
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
         if tensor.dtype != dtype:
-            because = "" if dtype is torch.int64 else f" for x in {x.dtype}"
-            hint = ": module.double() makes the statistics float64" if x.dtype is torch.float64 else ""
+            because = "" if dtype is torch.int64 else f" for x in {x_dtype}"
+            hint = ": module.double() makes the statistics float64" if x_dtype is torch.float64 else ""
             raise TypeError(f"{name} must be {dtype}{because}, got {tensor.dtype}{hint}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a statistic that training overwrites")
+        if has_tangent(tensor):
+            raise ValueError(f"{name} must not carry a forward-mode tangent: it is a statistic that training overwrites")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _num_features(state: State) -> int:
+    std = state.running_std
+    _check_strided("running_std", std)
+    if std.dim() != 1 or std.shape[0] == 0:
+        raise ValueError(
+            f"running_std must have shape (num_features,), num_features at least 1, got {tuple(std.shape)}"
+        )
+    return std.shape[0]
+
+
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense (layout torch.strided), got layout {tensor.layout}: use to_dense()")

@@ -1,83 +1,142 @@
-"""The operators that torch.compile, export, tracers and dispatch modes see; in eager mode they are plain calls."""
+"""What a call does, and the registered operators through which compilers, exporters, tracers and modes see it.
+
+In eager mode the functions of this file are called directly, with arguments that `isobn` has checked. The operators
+check theirs: `torch.ops.isobn_kernels` is open to everyone, and a kernel trusts every address. The gradients of the two
+training steps belong to the operators (`isobn_kernels._autograd` registers them), so that any graph that holds an
+operator is differentiable.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from isobn_kernels import backends
-from isobn_kernels._torch_internals import disable_dynamo, is_plain, is_recomputation
-from isobn_kernels.state import Options, State
+from isobn_kernels._checks import check_arguments, check_rows, check_state
+from isobn_kernels._torch_internals import disable_dynamo, is_recomputation
+from isobn_kernels.state import Options, State, Where
 
-_LIBRARY = torch.library.Library("isobn_kernels", "DEF")
-_OPTIONS = "float momentum, float eps, float beta, bool bias_correction, str backend, str group"
-
-
-def refuse_vmap(*_: Any) -> None:
-    raise RuntimeError(
-        "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. "
-        "Put the layer into evaluation mode (layer.eval(), or training=False), or write a loop in place of torch.vmap"
-    )
+# ---- What a call does ----
 
 
-def _operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator. What comes back skips the dispatcher where nothing needs it."""
-    name = signature.partition("(")[0]
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.define(signature)
-        # Where torch.compile falls back to eager it still compiles the functions called inside, and must not.
-        _LIBRARY.impl(name, disable_dynamo(function), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"isobn_kernels::{name}", fake, lib=_LIBRARY)
-        registered = getattr(torch.ops.isobn_kernels, name)
-
-        def call(first: Tensor, second: Tensor, *args: Any) -> Any:
-            if torch.compiler.is_compiling() or not (is_plain(first) and is_plain(second)):
-                return registered(first, second, *args)
-            return function(first, second, *args)
-
-        return call
-
-    return register
-
-
-@_operator(
-    "train_forward(Tensor x, Tensor(a!) running_cov, Tensor(b!) running_std, Tensor(c!)? scale, "
-    f"Tensor(d!)? num_batches_tracked, {_OPTIONS}) -> (Tensor, Tensor)",
-    fake=lambda x, cov, std, *_: (x.new_empty(x.shape), std.new_empty(std.shape)),
-)
-def train_forward(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    state, options, (backend, group) = State(*args[:4]), Options(*args[4:8]), args[8:]
-    chosen = backends.select(backend, x, group)
+def train_forward(x: Tensor, state: State, options: Options, where: Where) -> tuple[Tensor, Tensor]:
+    """One training step: ``(out, scale)``, both fresh tensors."""
+    chosen = backends.select(where, x)
     if is_recomputation() or chosen.too_few_rows(x):  # neither is an update
         scale = chosen.compute_scale(state, options) if state.scale is None else state.scale
         return chosen.apply_scale(x, scale), scale.clone()
     return chosen.train_forward(x, state, options)
 
 
-@_operator(
-    "train_backward(Tensor dout, Tensor x, Tensor running_cov, Tensor running_std, Tensor scale, "
-    f"Tensor? num_batches_tracked, {_OPTIONS}) -> Tensor",
-    fake=lambda dout, x, *_: x.new_empty(x.shape),
-)
-def train_backward(dout: Tensor, x: Tensor, *args: Any) -> Tensor:
-    state, options, (backend, group) = State(*args[:4]), Options(*args[4:8]), args[8:]
-    chosen = backends.select(backend, x, group)
+def train_forward_through_statistics(
+    x: Tensor, state: State, options: Options, where: Where
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One training step: ``out``, and a copy of the state as the step left it, which `train_backward` needs.
+
+    The copy is an output of the operator. Made outside, a compiler may move it behind the next step, which overwrites
+    the state.
+    """
+    out, scale = train_forward(x, state, options, where)
+    count = state.num_batches_tracked
+    count = torch.zeros((), dtype=torch.int64, device=x.device) if count is None else count.clone()
+    return out, state.running_cov.clone(), state.running_std.clone(), scale, count
+
+
+def train_backward(dout: Tensor, x: Tensor, state: State, options: Options, where: Where) -> Tensor:
+    """The gradient of the step with ``stop_gradient=False`` that returned ``state``."""
+    chosen = backends.select(where, x)
     if chosen.too_few_rows(x):
-        return chosen.apply_scale(dout, state.scale)
+        return chosen.apply_scale(dout, cast(Tensor, state.scale))
     return chosen.train_backward(dout, x, state, options)
 
 
-@_operator(
-    f"compute_scale(Tensor running_cov, Tensor running_std, Tensor? num_batches_tracked, {_OPTIONS}) -> Tensor",
+def compute_scale(state: State, options: Options, where: Where) -> Tensor:
+    """The scale (D,) that the statistics call for."""
+    return backends.select(where, state.running_std).compute_scale(state, options)
+
+
+# ---- The operators: the same with checks, and with State, Options and Where as single arguments ----
+
+LIBRARY = torch.library.Library("isobn_kernels", "DEF")
+_STATE = "Tensor(a!) running_cov, Tensor(b!) running_std, Tensor(c!)? scale, Tensor(d!)? num_batches_tracked"
+_COPY = "Tensor running_cov, Tensor running_std, Tensor scale, Tensor? num_batches_tracked"
+_REST = 'float momentum, float eps, float beta, bool bias_correction, str backend, str group=""'
+
+
+def _register(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = signature.partition("(")[0]
+        LIBRARY.define(signature)
+        # Where torch.compile falls back to eager it still compiles the functions called inside, and must not.
+        LIBRARY.impl(name, disable_dynamo(function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"isobn_kernels::{name}", fake, lib=LIBRARY)
+        return function
+
+    return register
+
+
+@_register(
+    f"train_forward(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor)",
+    fake=lambda x, cov, std, *_: (x.new_empty(x.shape), std.new_empty(std.shape)),
+)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    arguments = bundled(*rest)
+    check_rows(x)
+    check_arguments(x, *arguments[:2])
+    return train_forward(x, *arguments)
+
+
+@_register(
+    f"train_forward_through_statistics(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda x, cov, std, scale, count, *_: (
+        x.new_empty(x.shape),
+        cov.new_empty(cov.shape),
+        std.new_empty(std.shape),
+        std.new_empty(std.shape),
+        cov.new_empty((), dtype=torch.int64),
+    ),
+)
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = bundled(*rest)
+    check_rows(x)
+    check_arguments(x, *arguments[:2])
+    return train_forward_through_statistics(x, *arguments)
+
+
+@_register(
+    f"train_backward(Tensor dout, Tensor x, {_COPY}, {_REST}) -> Tensor", fake=lambda dout, x, *_: x.new_empty(x.shape)
+)
+def _(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    arguments = bundled(*rest)
+    check_rows(x, dout)
+    check_arguments(x, *arguments[:2])
+    return train_backward(dout, x, *arguments)
+
+
+@_register(
+    f"compute_scale(Tensor running_cov, Tensor running_std, Tensor? num_batches_tracked, {_REST}) -> Tensor",
     fake=lambda cov, std, *_: std.new_empty(std.shape),
 )
-def compute_scale(running_cov: Tensor, running_std: Tensor, count: Tensor | None, *args: Any) -> Tensor:
-    state, options, (backend, group) = State(running_cov, running_std, None, count), Options(*args[:4]), args[4:]
-    return backends.select(backend, running_std, group).compute_scale(state, options)
+def _(running_cov: Tensor, running_std: Tensor, num_batches_tracked: Tensor | None, *rest: Any) -> Tensor:
+    state, options, where = bundled(running_cov, running_std, None, num_batches_tracked, *rest)
+    check_state(state, options)
+    return compute_scale(state, options, where)
 
 
-torch.library.register_vmap("isobn_kernels::train_forward", refuse_vmap, lib=_LIBRARY)
+def bundled(*flat: Any) -> tuple[State, Options, Where]:
+    """The arguments of an operator after its batch, by name."""
+    return State(*flat[:4]), Options(*flat[4:8]), Where(*flat[8:])
+
+
+def refuse_vmap(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. "
+        "Put the layer into evaluation mode (layer.eval(), or training=False), or write a loop in place of torch.vmap"
+    )
+
+
+for _name in ("train_forward", "train_forward_through_statistics"):
+    torch.library.register_vmap(f"isobn_kernels::{_name}", refuse_vmap, lib=LIBRARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable would import the compiler now
 from torch.autograd import forward_ad
 
-__all__ = ["disable_dynamo", "group_named", "is_plain", "is_recomputation", "is_transformed"]
+__all__ = [
+    "disable_dynamo",
+    "group_named",
+    "has_tangent",
+    "is_plain",
+    "is_recomputation",
+    "is_transformed",
+    "register_autograd",
+]
 
 
 def is_recomputation() -> bool:
@@ -26,25 +35,53 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether a kernel may be called on ``x`` without going through the dispatcher, which costs microseconds.
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` carries a derivative of forward-mode differentiation."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether a kernel may be called on the tensors without going through the dispatcher, which costs microseconds.
 
     It may not where something else has to see the call (a compiler, tracer, mode or transform), or where the values
-    of the tensor are not what lies at its address.
+    of a tensor are not what lies at its address.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and x.layout is torch.strided
-        and not x.is_meta
-        and torch._C._has_storage(x)
-        and not x.is_neg()
-        and not x._is_zerotensor()
-        and not is_transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
+    if (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._len_torch_function_stack() != 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:
+        if (
+            type(x) is not Tensor
+            or x.layout is not torch.strided
+            or x.is_meta
+            or not torch._C._has_storage(x)
+            or x.is_neg()
+            or x._is_zerotensor()
+        ):
+            return False
+    return True
+
+
+def register_autograd(library: torch.library.Library, name: str, rule: Callable[..., Any]) -> None:
+    """Have autograd call ``rule(below, *args)``, where ``below(*args)`` is the operator without autograd.
+
+    `torch.library.register_autograd` does not take operators that write to their arguments.
+    """
+    operator = getattr(getattr(torch.ops, library.ns), name).default
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        def below(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        return rule(below, *args)
+
+    library.impl(name, disable_dynamo(kernel), "Autograd", with_keyset=True)
 
 
 def group_named(name: str) -> dist.ProcessGroup:

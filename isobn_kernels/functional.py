@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from isobn_kernels import _autograd, _operators, backends
-from isobn_kernels._checks import check_hyperparameters, check_tensors
-from isobn_kernels._torch_internals import is_transformed
+from isobn_kernels._checks import check_arguments
+from isobn_kernels._torch_internals import is_plain, is_transformed
 from isobn_kernels.backends import across_ranks
-from isobn_kernels.state import Options, State
+from isobn_kernels.state import Options, State, Where
 
 # CPU batches of at most this many elements leave product and backward to PyTorch: a Python autograd Function costs more
 # than the pass over the batch that it saves (32x768: 194 us with it, 175 us without).
@@ -83,48 +83,57 @@ def isobn(
 
     Source: equations (1)-(10) of `isobn_kernels.reference`; Zhou, Lin and Ren, https://arxiv.org/abs/2005.02178.
     """
-    check_hyperparameters(momentum, eps, beta)
-    backends.check_name(backend)
-    check_tensors(x, running_cov, running_std, scale, num_batches_tracked)
-    if bias_correction and num_batches_tracked is None:
-        raise ValueError("bias_correction=True needs num_batches_tracked, the () int64 tensor that counts updates")
-    if process_group is not None:
-        across_ranks.check_group(process_group)
     state = State(running_cov, running_std, scale, num_batches_tracked)
     options = Options(momentum, eps, beta, bias_correction)
+    backends.check_name(backend)
+    check_arguments(x, state, options)
+    if process_group is not None:
+        across_ranks.check_group(process_group)
     if not training:
-        return _evaluate(x, state, options, backend)
-    where = (backend, across_ranks.name_of(process_group))
+        return _evaluate(x, state, options, Where(backend))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out = _train(rows, state, options, where, stop_gradient)
+    out = _train(rows, state, options, Where(backend, across_ranks.name_of(process_group)), stop_gradient)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
-def _evaluate(x: Tensor, state: State, options: Options, backend: str) -> Tensor:
-    cov, std, scale, count = state
+def _evaluate(x: Tensor, state: State, options: Options, where: Where) -> Tensor:
+    scale = state.scale
     if scale is None:
-        scale = _operators.compute_scale(cov, std, count, *options, backend, "")
+        scale = compute_scale(state, options, where)
     elif torch.is_grad_enabled() and x.requires_grad:
         scale = scale.clone()  # the backward needs it, and a later training step overwrites the buffer
     return (x * scale).to(x.dtype)
 
 
-def _train(x: Tensor, state: State, options: Options, where: tuple[str, str], stop_gradient: bool) -> Tensor:
-    transformed = is_transformed()
-    differentiated = transformed or (torch.is_grad_enabled() and x.requires_grad)
-    if not differentiated:
-        return _operators.train_forward(x, *state, *options, *where)[0]
-    if stop_gradient and (transformed or _is_small(x)):
-        scale = _operators.train_forward(x.detach(), *state, *options, *where)[1]
-        return (x * scale).to(x.dtype).contiguous()
-    if stop_gradient:
-        return _autograd.Train.apply(x, state, options, where)
-    if transformed:
+def compute_scale(state: State, options: Options, where: Where) -> Tensor:
+    """The scale (D,) that the statistics call for; the arguments are checked."""
+    if is_plain(state.running_cov, state.running_std):
+        return _operators.compute_scale(state, options, where)
+    scale: Tensor = torch.ops.isobn_kernels.compute_scale(
+        state.running_cov, state.running_std, state.num_batches_tracked, *options, *where
+    )
+    return scale
+
+
+def _train(x: Tensor, state: State, options: Options, where: Where, stop_gradient: bool) -> Tensor:
+    operators = torch.ops.isobn_kernels
+    if is_transformed():
+        if stop_gradient:
+            scale = operators.train_forward(x.detach(), *state, *options, *where)[1]
+            return (x * scale).to(x.dtype).contiguous()
         _autograd.refuse_transforms_without_a_rule(x)
-        return _autograd.TransformedThroughStatistics.apply(x, state, options, where)[0]
-    return _autograd.TrainThroughStatistics.apply(x, state, options, where)[0]
-
-
-def _is_small(x: Tensor) -> bool:
-    # Not while compiling: the graph would be specialised to one side of the limit.
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= _SMALL
+        step = _operators.train_forward_through_statistics
+        return _autograd.TransformedThroughStatistics.apply(x, step, state, options, where)[0]
+    if not is_plain(x, state.running_cov):
+        # Whether x requires grad does not matter: whoever captures this call may differentiate it later.
+        operator = operators.train_forward if stop_gradient else operators.train_forward_through_statistics
+        return operator(x, *state, *options, *where)[0]
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _operators.train_forward(x, state, options, where)[0]
+    if not stop_gradient:
+        step = _operators.train_forward_through_statistics
+        return _autograd.TrainThroughStatistics.apply(x, step, state, options, where)[0]
+    if x.device.type == "cpu" and x.numel() <= _SMALL:
+        scale = _operators.train_forward(x.detach(), state, options, where)[1]
+        return (x * scale).to(x.dtype).contiguous()
+    return _autograd.Train.apply(x, _operators.train_forward, state, options, where)[0]

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from isobn_kernels import _operators, backends
-from isobn_kernels._checks import check_hyperparameters
+from isobn_kernels import backends
+from isobn_kernels._checks import check_hyperparameters, check_state
 from isobn_kernels.backends import across_ranks
-from isobn_kernels.functional import isobn
+from isobn_kernels.functional import compute_scale, isobn
+from isobn_kernels.state import Options, State, Where
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -155,19 +156,10 @@ class IsoBN(nn.Module):
     @torch.no_grad()
     def refresh_scale(self) -> None:
         """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
-        self.scale.copy_(
-            _operators.compute_scale(
-                self.running_cov,
-                self.running_std,
-                self.num_batches_tracked,
-                self.momentum,
-                self.eps,
-                self.beta,
-                self.bias_correction,
-                self.backend,
-                "",
-            )
-        )
+        state = State(self.running_cov, self.running_std, self.scale, self.num_batches_tracked)
+        options = Options(self.momentum, self.eps, self.beta, self.bias_correction)
+        check_state(state, options)
+        self.scale.copy_(compute_scale(state, options, Where(self.backend)))
 
     @torch.no_grad()
     def load_published_statistics(self, cov: Tensor, std: Tensor) -> None:

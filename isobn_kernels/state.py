@@ -1,4 +1,4 @@
-"""The two bundles that every layer of the package passes on: what a step changes, and the numbers it uses."""
+"""The bundles that travel together from `isobn` down to a backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ class State(NamedTuple):
 
 
 class Options(NamedTuple):
+    """The numbers of the equations."""
+
     momentum: float = 0.05
     eps: float = 1e-3
     beta: float = 0.5
     bias_correction: bool = False
+
+
+class Where(NamedTuple):
+    """Who computes a step, and over which rows."""
+
+    backend: str  # "auto", or the name of a backend
+    group: str = ""  # the name of a process group; empty for the rows of this process alone

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from isobn_kernels.state import Options, State
+from isobn_kernels.state import Options, State, Where
 
 # Fastest first.
 _MODULES = {
@@ -74,14 +74,14 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *_MODULES)}, got {backend!r}")
 
 
-def select(backend: str, x: Tensor, group: str = "") -> Backend:
-    """The backend called ``backend`` for ``x``; with the name of a process group, on the rows of all its ranks."""
-    chosen = _select(backend, x)
-    if not group:
+def select(where: Where, x: Tensor) -> Backend:
+    """The backend asked for; with the name of a process group, on the rows of all its ranks."""
+    chosen = _select(where.backend, x)
+    if not where.group:
         return chosen
     from isobn_kernels.backends.across_ranks import AcrossRanks
 
-    return AcrossRanks(chosen, group)
+    return AcrossRanks(chosen, where.group)
 
 
 def _select(backend: str, x: Tensor) -> Backend:
