@@ -9,6 +9,7 @@ from helpers import DTYPES, batch, fresh, python, to_numpy, train_with_gradient,
 from tolerance import relative
 
 from isobn_kernels import backends
+from isobn_kernels.state import Where
 
 KNOWN = ("baseline", "avx2", "avx512")
 
@@ -126,5 +127,5 @@ def test_no_second_pool_of_threads(extension):
 
 
 def test_auto_prefers_the_kernels(extension):
-    assert backends.select("auto", torch.ones(2, 3)).NAME == "cpu"
-    assert backends.select("auto", torch.ones(2, 3, device="meta")).NAME == "reference"
+    assert backends.select(Where("auto"), torch.ones(2, 3)).NAME == "cpu"
+    assert backends.select(Where("auto"), torch.ones(2, 3, device="meta")).NAME == "reference"

@@ -18,6 +18,7 @@ from helpers import assert_untouched, batch, fresh, same_bits, to_numpy, upstrea
 from tolerance import covariance_error, relative
 
 from isobn_kernels import backends, functional, isobn
+from isobn_kernels.state import Where
 
 pytestmark = pytest.mark.skipif(
     not emulated_cuda.SELECTED, reason="ISOBN_TEST_CUDA=emulated is not set, which runs the kernels on a CPU"
@@ -236,7 +237,7 @@ def test_only_the_gpu_of_the_tensor_is_tried_out(monkeypatch):
     monkeypatch.setattr(cuda, "device_reason", tried.append)
     assert cuda.unavailable_reason() is None
     assert tried == []
-    backends.select("cuda", batch(2, 3))
+    backends.select(Where("cuda"), batch(2, 3))
     assert tried == [-1]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cuda.unavailable_reason() is None
