@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     sections: list[tuple[str, dict[str, str]]] = [
-        (f"isobn_kernels {_version()}", _environment()),
+        (f"isobn_kernels {version()}", _environment()),
         ("backends, fastest first", _backends()),
         ("compiled extension for CPUs", _extension()),
         ("compiled extension for NVIDIA GPUs", _cuda_extension()),
@@ -53,7 +53,8 @@ def _section(title: str, lines: dict[str, str]) -> str:
     return "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in lines.items())])
 
 
-def _version() -> str:
+def version() -> str:
+    """The version of this package, in words where it is not installed."""
     try:
         return importlib.metadata.version("isobn_kernels")
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +64,7 @@ def _version() -> str:
 def _environment() -> dict[str, str]:
     return {
         "location": str(Path(isobn_kernels.__file__).parent),
-        "python": platform.python_version(),
+        "python": platform.pythonversion(),
         "torch": torch.__version__,
         "threads": f"{torch.get_num_threads()} (torch.get_num_threads) of {os.cpu_count()} processors",
     }
