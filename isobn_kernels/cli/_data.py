@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -107,9 +107,7 @@ def load_data(
     if train_file and dev_file:
         train, dev = (read_table(file) for file in (train_file, dev_file))
         if train_file.samefile(dev_file):
-            raise CommandError(
-                f"{dev_file} is both --train-file and --dev-file; the dev set has to be other text than the training set"
-            )
+            raise CommandError(f"{dev_file} is both --train-file and --dev-file; the dev set has to be other text")
     elif task_name and task and not train_file and not dev_file:
         train, dev = (_load_glue(task_name, split) for split in ("train", task.dev_split))
     else:
@@ -122,19 +120,17 @@ def load_data(
     fields = task.fields if task else _find_fields(train)
     for table in tables:
         _check_columns(table, fields)
+    classes: tuple[str, ...] = ()
+    labels: Sequence[Sequence[float]]
     if task and not task.classes:
-        labels, classes = [_scores(table) for table in tables], ()
+        labels = [_scores(table) for table in tables]
     else:
         labels, classes = _classes(task, tables)
-    return Data(
-        *(
-            _draw({field: table.columns[field] for field in fields} | {"label": numbers}, limit)
-            for table, numbers, limit in zip(tables, labels, (max_train_samples, max_dev_samples), strict=True)
-        ),
-        fields,
-        classes,
-        task.metrics if task else ("accuracy",),
-    )
+    splits = [
+        _draw({field: table.columns[field] for field in fields} | {"label": numbers}, limit)
+        for table, numbers, limit in zip(tables, labels, (max_train_samples, max_dev_samples), strict=True)
+    ]
+    return Data(splits[0], splits[1], fields, classes, task.metrics if task else ("accuracy",))
 
 
 def _load_glue(task_name: str, split: str) -> Table:
@@ -293,7 +289,7 @@ def _scores(table: Table) -> list[float]:
     return [float(label) for label in column]
 
 
-def _draw(columns: dict[str, list[Any]], limit: int | None) -> Any:
+def _draw(columns: Mapping[str, Sequence[Any]], limit: int | None) -> Any:
     from datasets import Dataset
 
     split = Dataset.from_dict(columns)  # in memory: no cache on disk, which may be read-only or full

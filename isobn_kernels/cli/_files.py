@@ -145,16 +145,16 @@ def _read_json(text: str, name: str, kind: str) -> dict[str, list[Any]]:
     expected = "expected an object a line, or one array of objects"
     try:
         if text.lstrip()[:1] == "[":
-            line = ""
+            where = "its array"
             rows = json.loads(text, object_pairs_hook=_object)
         else:
             # Only the line breaks of files: some of those that str.splitlines knows may stand in a JSON text.
             rows = []
             for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+                where = f"line {number} is {shown(line.rstrip())}"
                 if line.strip():
                     rows.append(json.loads(line, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
-        where = f"line {number} is {shown(line.rstrip())}" if line else "as an array"
         raise CommandError(f"{name}: cannot be read as {kind[1:]}: {where} ({error}); {expected}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):

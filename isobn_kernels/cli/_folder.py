@@ -111,8 +111,8 @@ class ResultsFolder:
         if foreign:
             more = f", and {len(foreign) - 5} more" if len(foreign) > 5 else ""
             raise CommandError(
-                f"--output {self.path}: {'; '.join(foreign[:5])}{more}. Nothing was changed. Move it away to keep it, or "
-                "delete it, or give another --output"
+                f"--output {self.path}: {'; '.join(foreign[:5])}{more}. Nothing was changed. Move it away to keep it, "
+                "or delete it, or give another --output"
             )
 
     def start(
@@ -217,8 +217,8 @@ class ResultsFolder:
         foreign = self._foreign(name)
         if foreign:
             raise CommandError(
-                f"--output {self.path}: {'; '.join(foreign[:5])}. It was left as it is, and the finished runs are kept: "
-                "move it away, and go on with --resume"
+                f"--output {self.path}: {'; '.join(foreign[:5])}. It was left as it is, and the finished runs are "
+                "kept: move it away, and go on with --resume"
             )
 
     def _recover(self) -> None:
@@ -284,8 +284,8 @@ class ResultsFolder:
 _HASH = "sha256:"
 
 
-def content_hash(data: Path | Iterable[bytes | memoryview]) -> str:
-    """A hash of a file, or of a series of bytes."""
+def content_hash(data: Path | Iterable[Any]) -> str:
+    """A hash of a file, or of a series of bytes or their like."""
     digest = hashlib.sha256()
     if isinstance(data, Path):
         with data.open("rb") as file:

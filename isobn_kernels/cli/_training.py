@@ -171,7 +171,7 @@ def load_start(model_name: str, data: Data, max_length: int | None) -> Start:
         bool(missing - new),
         tokenizer,
         _fitting_length(model_name, model, tokenizer, data, max_length),
-        _content(config, weights, tokenizer),
+        _content(model.config, weights, tokenizer),
     )
 
 
@@ -218,7 +218,7 @@ def train_all(
     for normalizer, seed in asked:
         name = run_folder(normalizer, seed)
         if (normalizer, seed) in done:
-            stages = {}
+            stages: dict[str, Tensor] = {}
             if here.is_main_process:
                 _remove_checkpoints(folder, name)
                 stages = torch.load(folder.path / name / "embeddings.pt") if seed == first_seed else {}
@@ -393,14 +393,22 @@ def _check_tokens(start: Start, *splits: Any) -> None:
                 largest = split.data.column(name).combine_chunks().flatten().to_numpy().max()
                 if largest >= limit:
                     raise CommandError(
-                        f"--model: the tokenizer gives {name} up to {largest}, and the model takes those below {limit}; "
-                        "expected the tokenizer that belongs to the model"
+                        f"--model: the tokenizer gives {name} up to {largest}, and the model takes those below "
+                        f"{limit}; expected the tokenizer that belongs to the model"
                     )
 
 
 def _content(config: Any, weights: dict[str, Tensor], tokenizer: Any) -> dict[str, str]:
     """Hashes of what decides about a run, by what they are: the same whatever the files are called."""
-    ignored = ("_name_or_path", "architectures", "transformers_version", "dtype")
+    ignored = {
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "id2label",
+        "label2id",
+        "problem_type",
+    }
     settings = {key: value for key, value in config.to_dict().items() if key not in ignored}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.model_max_length]

@@ -66,8 +66,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=Path("runs/finetune"),
         metavar="DIR",
         help="folder for models, results and figure (%(default)s). Those of an earlier command there are replaced, and "
-        "nothing else: a file that no command made, or that was changed since, is an error. Where another command is at "
-        "work in it, this one waits",
+        "nothing else: a file in the way that no command made, or that was changed since, is an error. While another "
+        "command is at work there, this one waits",
     )
     data.add_argument(
         "--resume",
@@ -215,7 +215,7 @@ def _prepare(args: argparse.Namespace, folder: ResultsFolder, identity: dict[str
     resume = args.resume and folder.identity is not None
     if resume and (differ := folder.differences(identity)):
         raise CommandError(
-            f"--resume: {'; '.join(differ)}. Runs of both kinds do not belong into one table: give the same as before, or "
+            f"--resume: {'; '.join(differ)}. Such runs do not belong into one table: give the same as before, or "
             "another --output"
         )
     for option, file in (("--train-file", args.train_file), ("--dev-file", args.dev_file)):

@@ -64,7 +64,7 @@ def version() -> str:
 def _environment() -> dict[str, str]:
     return {
         "location": str(Path(isobn_kernels.__file__).parent),
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": f"{torch.get_num_threads()} (torch.get_num_threads) of {os.cpu_count()} processors",
     }
