@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -28,8 +29,9 @@ from transformers import (
 
 from isobn_kernels import IsoBN, fold_isobn
 from isobn_kernels.cli._data import Data
-from isobn_kernels.cli._errors import CommandError
+from isobn_kernels.cli._errors import CommandError, missing_modules
 from isobn_kernels.cli._folder import ResultsFolder, content_hash
+from isobn_kernels.cli.finetune import TOKENIZER_MODULES
 from isobn_kernels.cli.info import version
 from isobn_kernels.integrations.transformers import apply_isobn, output_layer
 from isobn_kernels.isotropy import measure
@@ -38,6 +40,7 @@ BEFORE, AFTER, SCALED = "before training", "after training", "after scaling"
 _MAX_LENGTH = 256  # the paper's
 # Over several processes without a GPU both accelerate and the Trainer have to be told that this is meant.
 _ON_CPU = not torch.accelerator.is_available()
+_INSTALL = 'pip install "isobn_kernels[finetune]"'
 _T = TypeVar("_T")
 
 
@@ -145,14 +148,12 @@ def load_start(model_name: str, data: Data, max_length: int | None) -> Start:
         output = output_layer(model)
         if any(isinstance(module, IsoBN) for module in model.modules()):
             fold_isobn(model)  # the library's own class again; its output layer is not kept
-    except ImportError as error:
-        raise CommandError(
-            f'--model {model_name}: its tokenizer needs more packages: pip install "isobn_kernels[finetune]". {error}'
-        ) from error
-    except Exception as error:
+    except Exception as error:  # of many libraries, and of many kinds: none of them raises one of its own
+        missing = missing_modules(TOKENIZER_MODULES)
+        hint = f"\n{', '.join(missing)} not installed, which some tokenizers need: {_INSTALL}" if missing else ""
         raise CommandError(
             f"--model {model_name}: cannot be loaded; expected the name of an encoder on the hub, or a folder with "
-            f"config.json, weights and tokenizer files.\n{type(error).__name__}: {error}"
+            f"config.json, weights and tokenizer files.\n{type(error).__name__}: {error}{hint}"
         ) from error
     # A layer of another task is of no use to this one, though it may have as many classes.
     (path,) = (name for name, module in model.named_modules() if module is output)
@@ -382,20 +383,31 @@ def _fitting_length(model_name: str, model: Any, tokenizer: Any, data: Data, max
     return max_length
 
 
-def _check_tokens(start: Start, *splits: Any) -> None:
-    """See that the model knows the tokens: its tokenizer may be that of another model."""
-    if start.tokenizer.pad_token_id is None:
+def _check_tokens(start: Start, train: Any, dev: Any) -> None:
+    """See that tokenizer and model belong together: each may be that of another one, or have lost its files."""
+    tokenizer = start.tokenizer
+    if tokenizer.pad_token_id is None:
         raise CommandError("--model: its tokenizer has no padding token, which batches of texts need")
     limits = {"input_ids": start.config.vocab_size, "token_type_ids": getattr(start.config, "type_vocab_size", 0)}
-    for split in splits:
+    for split in (train, dev):
         for name, limit in limits.items():
             if limit and name in split.column_names:
-                largest = split.data.column(name).combine_chunks().flatten().to_numpy().max()
+                largest = _flat(split, name).max()
                 if largest >= limit:
                     raise CommandError(
                         f"--model: the tokenizer gives {name} up to {largest}, and the model takes those below "
                         f"{limit}; expected the tokenizer that belongs to the model"
                     )
+    if np.isin(_flat(train, "input_ids"), tokenizer.all_special_ids).all():
+        raise CommandError(
+            "--model: its tokenizer knows no word of the training texts; expected one with its vocabulary, which may be "
+            "a file that is missing"
+        )
+
+
+def _flat(split: Any, name: str) -> Any:
+    """All numbers in a column of lists."""
+    return split.data.column(name).combine_chunks().flatten().to_numpy()
 
 
 def _content(config: Any, weights: dict[str, Tensor], tokenizer: Any) -> dict[str, str]:

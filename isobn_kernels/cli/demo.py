@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("runs/demo"),
         metavar="DIR",
-        help="folder for data, models, results and figure (%(default)s); those of an earlier command there are replaced",
+        help="folder for data, models, results and figure (%(default)s); those of an earlier command are replaced",
     )
     parser.set_defaults(run=run)
 

@@ -19,6 +19,8 @@ from isobn_kernels.cli._errors import CommandError, require_extra
 from isobn_kernels.cli._folder import ResultsFolder
 
 MODULES = ("accelerate", "datasets", "matplotlib", "scipy", "sklearn", "transformers")
+# Only some tokenizers need these: those that come as a file of SentencePiece.
+TOKENIZER_MODULES = ("sentencepiece", "google.protobuf")
 
 # What may differ between a command and the one it resumes: more runs, and the places of what is the same by content.
 _NOT_COMPARED = {"normalizer", "seeds", "output", "resume", "model", "train_file", "dev_file"}

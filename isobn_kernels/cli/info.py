@@ -17,7 +17,7 @@ from isobn_kernels.cli import demo, finetune
 from isobn_kernels.cli._errors import missing_modules
 
 _EXTRAS = {
-    "finetune": finetune.MODULES,
+    "finetune": (*finetune.MODULES, *finetune.TOKENIZER_MODULES),
     "demo": demo.MODULES,
     "sentence-transformers": ("accelerate", "datasets", "sentence_transformers"),
 }
