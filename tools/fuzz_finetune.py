@@ -32,7 +32,9 @@ from isobn_kernels.cli._errors import CommandError
 
 WORDS = ["good", "bad", "film", "book", "very", "not", "the", "a", "was", "it"]
 # Texts that a reader may get wrong, each of them a text that somebody may have.
-ODD = ['he said "no"', "a, b", "it was\ngood", "NA", "null", "None", "True", "1", "1e3", " it ", "it's", "naïve 😀", "a;b", "\u2028"]
+ODD = ['he said "no"', "a, b", "it was\ngood", "NA", "null", "None", "True", "1", "1e3"]
+ODD += [" it ", "it's", "a;b", "\u2028", "naïve 😀"]
+LABELS = [[0, 1], [1, 2, 5], ["bad", "good"], ["01", "1"], ["NA", "x"], ["a b", "c,d"], [True, False]]
 Rows = list[dict[str, Any]]
 
 
@@ -73,14 +75,16 @@ def write_rows(path: Path, rows: Rows, draw: random.Random) -> None:
     if path.suffix == ".json":
         text = json.dumps(rows, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 2]))
     elif path.suffix == ".jsonl":
-        text = "\n".join(json.dumps(row, ensure_ascii=draw.random() < 0.5) for row in rows) + draw.choice(["", "\n", "\n\n"])
+        text = "\n".join(json.dumps(row, ensure_ascii=draw.random() < 0.5) for row in rows) + draw.choice(
+            ["", "\n", "\n\n"]
+        )
     elif path.suffix == ".tsv":
         lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
         text = "\n".join("\t".join(line) for line in lines) + draw.choice(["", "\n", "\n\n"])
     else:
         file = io.StringIO()
         quoting = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
-        writer = csv.DictWriter(file, rows[0], quoting=quoting, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], quoting=quoting, lineterminator="\n")  # type: ignore[arg-type]
         writer.writeheader()
         writer.writerows(rows)
         text = file.getvalue()
@@ -100,6 +104,14 @@ def _line(draw: random.Random, content: bytes, change: Callable[[bytes], bytes])
     return b"\n".join(lines)
 
 
+def _dumped(rows: Any) -> bytes:
+    return json.dumps(rows).encode()
+
+
+def _first_row(rows: Rows, key: str, value: Any) -> bytes:
+    return _dumped([{**rows[0], key: value}, *rows[1:]])
+
+
 SEPARATED: dict[str, Damage] = {
     "one field more": lambda draw, rows, content: _line(draw, content, lambda line: line.rstrip(b"\r") + b",x\tx"),
     "trailing separators": lambda draw, rows, content: _line(draw, content, lambda line: line.rstrip(b"\r") + b",\t"),
@@ -110,17 +122,15 @@ JSON: dict[str, Damage] = {
     "cut short": lambda draw, rows, content: content.rstrip()[: -draw.randint(1, 9)],
     "a key twice": lambda draw, rows, content: content.replace(b'"label":', b'"label": 0, "label":', 1),
     "not an object": lambda draw, rows, content: b"[1, 2, 3]",
-    "columns": lambda draw, rows, content: json.dumps({key: [row[key] for row in rows] for key in rows[0]}).encode(),
-    "a key less": lambda draw, rows, content: b"\n".join(
-        json.dumps({key: x for key, x in row.items() if n or key != "label"}).encode() for n, row in enumerate(rows)
+    "columns": lambda draw, rows, content: _dumped({key: [row[key] for row in rows] for key in rows[0]}),
+    "a key less": lambda draw, rows, content: _dumped([{"sentence": "a", "sentence1": "a", "sentence2": "a"}, *rows]),
+    "a label of another kind": lambda draw, rows, content: _first_row(
+        rows, "label", draw.choice([0.5, None, [1], {}, float("nan")])
     ),
-    "a label of another kind": lambda draw, rows, content: json.dumps(
-        [{**row, "label": draw.choice([0.5, None, [1], {}, float("nan")]) if not n else row["label"]} for n, row in enumerate(rows)]
-    ).encode(),
-    "a text of another kind": lambda draw, rows, content: json.dumps(
-        [{**row, next(iter(row)): draw.choice([1, None, ["a"], True, {}]) if not n else "a"} for n, row in enumerate(rows)]
-    ).encode(),
-    "half a surrogate pair": lambda draw, rows, content: json.dumps([{**row, next(iter(row)): "\ud800"} for row in rows]).encode(),
+    "a text of another kind": lambda draw, rows, content: _first_row(
+        rows, next(iter(rows[0])), draw.choice([1, None, ["a"], True, {}])
+    ),
+    "half a surrogate pair": lambda draw, rows, content: _first_row(rows, next(iter(rows[0])), "\ud800"),
 }
 ANY: dict[str, Damage] = {
     "no bytes": lambda draw, rows, content: b"",
@@ -148,7 +158,8 @@ class Fuzz:
         self.expect(0, [*self.command(self.plain), "--output", str(self.earlier)])
 
     def command(self, files: list[str]) -> list[str]:
-        return ["finetune", "--model", str(self.encoder), *files, "--epochs", "1", "--seeds", "1", "--normalizer", "none"]
+        words = ["finetune", "--model", str(self.encoder), *files]
+        return [*words, "--epochs", "1", "--seeds", "1", "--normalizer", "none"]
 
     def case(self, number: int) -> None:
         draw = random.Random(f"{self.seed} {number}")
@@ -159,24 +170,24 @@ class Fuzz:
         shutil.rmtree(folder)
 
     def data_case(self, draw: random.Random, folder: Path) -> None:
-        labels = draw.choice([[0, 1], [1, 2, 5], ["bad", "good"], ["01", "1"], ["NA", "x"], ["a b", "c,d"], [True, False]])
-        same_types = draw.random() < 0.8
+        labels: list[Any] = draw.choice(LABELS)
+        kinds = draw.choices([".json", ".jsonl", ".csv", ".tsv"], k=2)
+        if labels == ["01", "1"]:  # which a CSV file alone cannot tell from text beside numbers
+            kinds[1] = kinds[0]
+        train = draw_rows(draw, kinds[0], labels)
+        fields = [field for field in train[0] if field != "label"]
+        dev = [
+            {**{field: next(iter(row.values())) for field in fields}, "label": row["label"]}
+            for row in draw_rows(draw, kinds[1], draw.sample(labels, k=draw.randint(1, len(labels))))
+        ]
+        written = (train, dev)
         paths = []
-        kinds = [".json", ".jsonl", ".csv", ".tsv"]
-        kinds = draw.choices(kinds, k=2) if same_types and labels != ["01", "1"] else [draw.choice(kinds)] * 2
-        written = []
-        for name, kind in zip(("train", "dev"), kinds, strict=True):
-            path = folder / (draw.choice(["", "[1]", "*", "{a}", " b", "?"]) + name + kind)
-            rows = draw_rows(draw, kind, labels if name == "train" else draw.sample(labels, k=draw.randint(1, len(labels))))
-            if name == "dev":  # the same fields
-                fields = [field for field in written[0][0] if field != "label"]
-                rows = [{**dict.fromkeys(fields, next(iter(row.values()))), "label": row["label"]} for row in rows]
-            write_rows(path, rows, draw)
-            paths.append(path)
-            written.append(rows)
+        for name, kind, rows in zip(("train", "dev"), kinds, written, strict=True):
+            paths.append(folder / (draw.choice(["", "[1]", "*", "{a}", " b", "?"]) + name + kind))
+            write_rows(paths[-1], rows, draw)
         files = ["--train-file", str(paths[0]), "--dev-file", str(paths[1])]
         if draw.random() < 0.3:
-            data = load_data(None, *paths)
+            data = load_data(None, paths[0], paths[1])
             for rows, split in zip(written, (data.train, data.dev), strict=True):
                 read = [dict(row) for row in split]
                 expected = [{**row, "label": data.classes.index(str(row["label"]))} for row in rows]
@@ -208,8 +219,16 @@ class Fuzz:
                 ["--max-dev-samples", draw.choice(["0", "1", "x"])],
                 ["--normalizer", draw.choice(["batchnorm", ""])],
                 ["--task", draw.choice(["wnli", "rte", "stsb", ""])],
-                ["--model", draw.choice([str(folder / "nothing"), str(self.root / "train.csv"), str(folder), "", "a\nb"])],
-                ["--train-file", draw.choice([str(folder), str(folder / "x.csv"), "", "x" * 5000 + ".csv", str(self.root / "dev.csv")])],
+                [
+                    "--model",
+                    draw.choice([str(folder / "nothing"), str(self.root / "train.csv"), str(folder), "", "a\nb"]),
+                ],
+                [
+                    "--train-file",
+                    draw.choice(
+                        [str(folder), str(folder / "x.csv"), "", "x" * 5000 + ".csv", str(self.root / "dev.csv")]
+                    ),
+                ],
                 ["--nonsense"],
                 ["--output", draw.choice([str(self.root / "train.csv"), "/proc/nowhere", str(folder / ("x" * 300))])],
             ]
@@ -223,7 +242,9 @@ class Fuzz:
         words = [*self.command(self.plain), "--output", str(output), *resume]
         if draw.random() < 0.5:
             what = "foreign"
-            place = draw.choice(["results.json", "results.md", "isotropy.png", "none/notes.txt", "runs/none-seed1/x", "runs"])
+            place = draw.choice(
+                ["results.json", "results.md", "isotropy.png", "none/notes.txt", "runs/none-seed1/x", "runs"]
+            )
             (output / place).parent.mkdir(parents=True)
             (output / place).write_text("mine")
             if draw.random() < 0.3:
@@ -242,7 +263,15 @@ class Fuzz:
             else:
                 manifest = output / "isobn-manifest.json"
                 text = manifest.read_text()
-                made = draw.choice([text[: draw.randrange(len(text) - 2)], "[]", "{}", '{"made_by": 1}', text.replace('"none', '"../x')])
+                made = draw.choice(
+                    [
+                        text[: draw.randrange(len(text) - 2)],
+                        "[]",
+                        "{}",
+                        '{"made_by": 1}',
+                        text.replace('"none', '"../x'),
+                    ]
+                )
                 manifest.write_text(made)
         self.expect(2, words)
         self.counts[f"folder: {what}"] += 1

@@ -223,6 +223,7 @@ class ResultsFolder:
 
     def _recover(self) -> None:
         """Undo what a process that was killed had begun."""
+        _delete(self.path / _part(_MANIFEST))
         for name in self._claimed:
             if not os.path.lexists(self.path / name) and os.path.lexists(self.path / _old(name)):
                 (self.path / _old(name)).rename(self.path / name)
@@ -257,18 +258,15 @@ class ResultsFolder:
             "claimed": self._claimed,
             "files": self._files,
         }
-        place = self.path / _MANIFEST
         part = self.path / _part(_MANIFEST)
-        with (
-            self._in_words(),
-            # Someone else's file of that name is not written over.
-            part.open("w" if place.exists() else "x", encoding="utf-8") as file,
-        ):
-            json.dump(manifest, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(place)
+        with self._in_words():
+            _delete(part)
+            with part.open("x", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path / _MANIFEST)
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -332,7 +330,7 @@ def _inside(name: Any) -> str:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or folder that nobody else can have made: its name was claimed before it was there."""
+    """Delete a file or folder of a name that nobody else would take."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -158,8 +158,8 @@ def load_start(model_name: str, data: Data, max_length: int | None) -> Start:
     # A layer of another task is of no use to this one, though it may have as many classes.
     (path,) = (name for name, module in model.named_modules() if module is output)
     new = {f"{path}.weight", f"{path}.bias"}
-    missing = {name for name in loading["missing_keys"] if ".isobn." not in name}
-    weights = {name: x.detach() for name, x in model.state_dict().items() if name not in new | missing}
+    absent = {name for name in loading["missing_keys"] if ".isobn." not in name}
+    weights = {name: x.detach() for name, x in model.state_dict().items() if name not in new | absent}
     names = dict(enumerate(data.classes)) or {0: "score"}
     config = copy.deepcopy(model.config)
     config.id2label = names  # the number of labels is that of these
@@ -169,7 +169,7 @@ def load_start(model_name: str, data: Data, max_length: int | None) -> Start:
         type(model),
         config,
         weights,
-        bool(missing - new),
+        bool(absent - new),
         tokenizer,
         _fitting_length(model_name, model, tokenizer, data, max_length),
         _content(model.config, weights, tokenizer),
@@ -400,8 +400,8 @@ def _check_tokens(start: Start, train: Any, dev: Any) -> None:
                     )
     if np.isin(_flat(train, "input_ids"), tokenizer.all_special_ids).all():
         raise CommandError(
-            "--model: its tokenizer knows no word of the training texts; expected one with its vocabulary, which may be "
-            "a file that is missing"
+            "--model: its tokenizer knows no word of the training texts; expected one with its vocabulary, whose file "
+            "may be missing"
         )
 
 
