@@ -116,6 +116,30 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
+def test_demo_leaves_files_of_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    commands = []
+    monkeypatch.setattr(demo, "require_extra", lambda *args: None)
+    monkeypatch.setattr(demo, "files", Path)
+    monkeypatch.setattr(demo, "_headlines", lambda: [(f"headline {n}", "sport") for n in range(2000)])
+    monkeypatch.setattr(finetune, "run", commands.append)
+    for _ in range(2):  # its own files are there the second time
+        assert cli.main(["demo", "--output", str(tmp_path / "out")]) == 0
+    assert len(commands) == 2
+    for name in ("train.jsonl", "dev.jsonl"):
+        for content in (b"mine", b"\xff"):
+            (tmp_path / name).write_bytes(content)
+            assert cli.main(["demo", "--output", str(tmp_path)]) == 2
+            assert f"--output {tmp_path}: {name}" in capsys.readouterr().err
+            assert (tmp_path / name).read_bytes() == content
+        (tmp_path / name).unlink()
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert "this folder cannot be made" in capsys.readouterr().err
+    assert len(commands) == 2
+
+
 def test_tasks_have_known_metrics() -> None:
     assert {metric for task in finetune.TASKS.values() for metric in task.metrics} == {
         "accuracy",

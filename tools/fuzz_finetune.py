@@ -34,7 +34,7 @@ WORDS = ["good", "bad", "film", "book", "very", "not", "the", "a", "was", "it"]
 # Texts that a reader may get wrong, each of them a text that somebody may have.
 ODD = ['he said "no"', "a, b", "it was\ngood", "NA", "null", "None", "True", "1", "1e3"]
 ODD += [" it ", "it's", "a;b", "\u2028", "naïve 😀"]
-LABELS = [[0, 1], [1, 2, 5], ["bad", "good"], ["01", "1"], ["NA", "x"], ["a b", "c,d"], [True, False]]
+LABELS: list[list[Any]] = [[0, 1], [1, 2, 5], ["bad", "good"], ["01", "1"], ["NA", "x"], ["a b", "c,d"], [True, False]]
 Rows = list[dict[str, Any]]
 
 

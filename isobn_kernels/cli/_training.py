@@ -59,9 +59,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Start:
-    """What all runs start from: an encoder, in memory, for the file may change meanwhile; and hashes of what it is.
+    """What all runs start from: an encoder, in memory, for the file may change meanwhile, and the data for it.
 
-    ``weights`` has neither an output layer nor what the encoder came without: each run makes these anew.
+    ``weights`` has neither an output layer nor what the encoder came without: each run makes these anew. ``content``
+    holds hashes of what the encoder is.
     """
 
     model_class: Any
@@ -70,6 +71,8 @@ class Start:
     pooler_is_new: bool
     tokenizer: Any
     max_length: int
+    train: Any  # a `datasets.Dataset` of tokens
+    dev: Any
     content: dict[str, str]
 
 
@@ -165,15 +168,15 @@ def load_start(model_name: str, data: Data, max_length: int | None) -> Start:
     config.id2label = names  # the number of labels is that of these
     config.label2id = {name: number for number, name in names.items()}
     config.problem_type = "single_label_classification" if data.classes else "regression"
-    return Start(
-        type(model),
-        config,
-        weights,
-        bool(absent - new),
-        tokenizer,
-        _fitting_length(model_name, model, tokenizer, data, max_length),
-        _content(model.config, weights, tokenizer),
-    )
+    length = _fitting_length(model_name, model, tokenizer, data, max_length)
+
+    def tokenize(rows: dict[str, Any]) -> Any:
+        return tokenizer(*(rows[field] for field in data.fields), truncation=True, max_length=length)
+
+    train, dev = (split.map(tokenize, batched=True, remove_columns=data.fields) for split in (data.train, data.dev))
+    _check_tokens(model.config, tokenizer, train, dev)
+    content = _content(model.config, weights, tokenizer)
+    return Start(type(model), config, weights, bool(absent - new), tokenizer, length, train, dev, content)
 
 
 def train_all(
@@ -205,13 +208,6 @@ def train_all(
         CommandError: training diverged, or the folder cannot be written.
     """
     here = processes()
-    tokenizer = start.tokenizer
-
-    def tokenize(rows: dict[str, Any]) -> Any:
-        return tokenizer(*(rows[field] for field in data.fields), truncation=True, max_length=start.max_length)
-
-    train, dev = (split.map(tokenize, batched=True, remove_columns=data.fields) for split in (data.train, data.dev))
-    _check_tokens(start, train, dev)
     best: dict[str, float] = {}
     for run in done.values():  # of seeds that are not asked for now, too
         best[run.normalizer] = max(best.get(run.normalizer, -float("inf")), run.metrics[data.metrics[0]])
@@ -264,9 +260,9 @@ def train_all(
                 use_cpu=_ON_CPU,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
-            train_dataset=train,
-            eval_dataset=dev,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=start.train,
+            eval_dataset=start.dev,
+            data_collator=DataCollatorWithPadding(start.tokenizer),
             compute_metrics=data.compute_metrics,
             callbacks=[EarlyStoppingCallback(patience), _Checkpoints(folder, name, here)],
         )
@@ -281,8 +277,8 @@ def train_all(
             raise CommandError(f"training with seed {seed} diverged to NaN or Inf; try a lower --learning-rate")
         if any((x == x[0]).all() for x in stages.values()):
             raise CommandError(
-                f"with seed {seed} all {len(dev)} dev texts have the same embedding: they are the same tokens, or "
-                "training collapsed; try a lower --learning-rate"
+                f"with seed {seed} all {len(start.dev)} dev texts have the same embedding: they are the same tokens, "
+                "or training collapsed; try a lower --learning-rate"
             )
         run = Run(
             normalizer,
@@ -294,7 +290,7 @@ def train_all(
             train_seconds=seconds,
         )
         is_best = run.metrics[data.metrics[0]] > best.get(normalizer, -float("inf"))
-        on_main_process(here, lambda: _keep(folder, run, stages, model if is_best else None, tokenizer))  # noqa: B023
+        on_main_process(here, lambda: _keep(folder, run, stages, model if is_best else None, start.tokenizer))  # noqa: B023
         if is_best:
             best[normalizer] = run.metrics[data.metrics[0]]
         yield run, stages if seed == first_seed else {}
@@ -383,12 +379,11 @@ def _fitting_length(model_name: str, model: Any, tokenizer: Any, data: Data, max
     return max_length
 
 
-def _check_tokens(start: Start, train: Any, dev: Any) -> None:
+def _check_tokens(config: Any, tokenizer: Any, train: Any, dev: Any) -> None:
     """See that tokenizer and model belong together: each may be that of another one, or have lost its files."""
-    tokenizer = start.tokenizer
     if tokenizer.pad_token_id is None:
         raise CommandError("--model: its tokenizer has no padding token, which batches of texts need")
-    limits = {"input_ids": start.config.vocab_size, "token_type_ids": getattr(start.config, "type_vocab_size", 0)}
+    limits = {"input_ids": config.vocab_size, "token_type_ids": getattr(config, "type_vocab_size", 0)}
     for split in (train, dev):
         for name, limit in limits.items():
             if limit and name in split.column_names:
