@@ -123,6 +123,15 @@ def test_what_the_user_changed_or_added_is_theirs(results: Path, name: str, mess
     assert contents(results) == before
 
 
+@pytest.mark.parametrize("name", ["table.md", "model/weights.bin", "model", "runs/a"])
+def test_a_link_in_place_of_a_result_is_the_users(results: Path, tmp_path: Path, name: str) -> None:
+    """As after moving results to a larger disk: what it points to is not written over."""
+    (results / name).rename(tmp_path / "elsewhere")
+    (results / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CommandError, match=f"{name} is (not as|there and no result)"):
+        opened(results).check(NAMES)
+
+
 def test_a_file_changed_meanwhile_is_not_replaced(results: Path) -> None:
     folder = opened(results)
     (results / "table.md").write_text("mine")
