@@ -100,6 +100,12 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
         (["--task", "wnli"], "invalid choice"),
         (["--epochs", "0"], "a whole number, 1 or above, got '0'"),
         (["--batch-size", "x"], "a whole number, 1 or above, got 'x'"),
+        (["--batch-size", str(2**63)], "a whole number, 2147483647 or below"),
+        (["--seeds", "1", "-1"], "a whole number, 0 or above, got '-1'"),
+        (["--seeds", "1", str(2**32)], "a whole number, 4294967295 or below"),
+        (["--seeds", "9" * 5000], "a whole number, 0 or above"),
+        (["--max-dev-samples", "1"], "a whole number, 2 or above, got '1'"),
+        (["--learning-rate", "1e999"], "a number above 0, got '1e999'"),
         (["--learning-rate", "nan"], "a number above 0, got 'nan'"),
         (["--normalizer", "layer"], "invalid choice"),
     ],
@@ -108,6 +114,30 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--model", "m", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_demo_leaves_files_of_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    commands = []
+    monkeypatch.setattr(demo, "require_extra", lambda *args: None)
+    monkeypatch.setattr(demo, "files", Path)
+    monkeypatch.setattr(demo, "_headlines", lambda: [(f"headline {n}", "sport") for n in range(2000)])
+    monkeypatch.setattr(finetune, "run", commands.append)
+    for _ in range(2):  # its own files are there the second time
+        assert cli.main(["demo", "--output", str(tmp_path / "out")]) == 0
+    assert len(commands) == 2
+    for name in ("train.jsonl", "dev.jsonl"):
+        for content in (b"mine", b"\xff"):
+            (tmp_path / name).write_bytes(content)
+            assert cli.main(["demo", "--output", str(tmp_path)]) == 2
+            assert f"--output {tmp_path}: {name}" in capsys.readouterr().err
+            assert (tmp_path / name).read_bytes() == content
+        (tmp_path / name).unlink()
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert "this folder cannot be made" in capsys.readouterr().err
+    assert len(commands) == 2
 
 
 def test_tasks_have_known_metrics() -> None:

