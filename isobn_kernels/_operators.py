@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from isobn_kernels import backends
-from isobn_kernels._torch_internals import disable_dynamo, is_plain, is_recomputation
+from isobn_kernels._torch_internals import disable_dynamo, is_plain, is_recomputation, libraries
 from isobn_kernels.state import Options, State
 
-_LIBRARY = torch.library.Library("isobn_kernels", "DEF")
+_DEFINITIONS, _LIBRARY = libraries("isobn_kernels")
 _OPTIONS = "float momentum, float eps, float beta, bool bias_correction, str backend, str group"
 
 
@@ -28,7 +28,8 @@ def _operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..
     name = signature.partition("(")[0]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.define(signature)
+        if not hasattr(torch.ops.isobn_kernels, name):
+            _DEFINITIONS.define(signature)
         # Where torch.compile falls back to eager it still compiles the functions called inside, and must not.
         _LIBRARY.impl(name, disable_dynamo(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"isobn_kernels::{name}", fake, lib=_LIBRARY)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.disable would import the compiler now
 from torch.autograd import forward_ad
 
-__all__ = ["disable_dynamo", "group_named", "is_plain", "is_recomputation", "is_transformed"]
+__all__ = ["disable_dynamo", "group_named", "is_plain", "is_recomputation", "is_transformed", "libraries"]
 
 
 def is_recomputation() -> bool:
@@ -45,6 +45,22 @@ def is_plain(x: Tensor) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
     )
+
+
+def libraries(namespace: str) -> tuple[torch.library.Library, torch.library.Library]:
+    """One to define operators in, which lives as long as the process, and a new one for what they do.
+
+    `importlib.reload`, or a second import after names were deleted from `sys.modules`, registers everything anew. The
+    functions of the earlier import go; its definitions stay, because graphs that are compiled already point to them.
+    """
+    operators = getattr(torch.ops, namespace)
+    definitions, earlier = vars(operators).get("libraries", (None, None))
+    if earlier is None:
+        definitions = torch.library.Library(namespace, "DEF")
+    else:
+        earlier._destroy()
+    operators.libraries = definitions, torch.library.Library(namespace, "FRAGMENT")
+    return operators.libraries
 
 
 def group_named(name: str) -> dist.ProcessGroup:
