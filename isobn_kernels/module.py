@@ -252,9 +252,9 @@ class IsoBN(nn.Module):
                 )
         if self.num_batches_tracked:
             warnings.warn(
-                f"the statistics of IsoBN ({', '.join(half)}) had become {next(iter(half.values())).dtype}, which rounds "
+                f"statistics of IsoBN ({', '.join(half)}) had become {next(iter(half.values())).dtype}, which rounds "
                 "them; they are float32 again. To keep every bit, set buffer_dtype=torch.float32 in FSDP's "
-                "MixedPrecision (accelerate: in its mixed_precision_policy), and load checkpoints of float32",
+                "MixedPrecision (accelerate: in its mixed_precision_policy), or load a checkpoint of float32",
                 stacklevel=2,
             )
         with torch.inference_mode(False):
