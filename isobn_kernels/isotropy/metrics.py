@@ -121,6 +121,7 @@ def measure(x: Any) -> dict[str, float]:
         >>> list(measure(torch.randn(20, 4)))
         ['EV_1', 'EV_2', 'EV_3', 'deviation_spread', 'mean_absolute_correlation']
     """
+    x = as_matrix(x)
     explained = explained_variance(x)
     if len(explained) < 3:
         raise ValueError(f"x must have at least 3 features for EV_3, got {len(explained)}")
