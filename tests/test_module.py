@@ -496,8 +496,9 @@ def test_graph_quantization_leaves_the_layer_alone(layer):
 def test_reload_and_import_anew():
     """As in a notebook: `importlib.reload` of every module, and a second import after the first was forgotten."""
     code = """
-import importlib, pkgutil, sys, torch
+import importlib, pkgutil, sys, torch, warnings
 import isobn_kernels
+warnings.filterwarnings("error", message=".*[Oo]verrid")  # of a kernel that was not taken away
 
 def check(layer, compiled):
     x = torch.randn(16, 8, requires_grad=True)
