@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isobn_kernels import _operators, backends
-from isobn_kernels._torch_internals import disable_dynamo, has_tangent, is_plain, register_autograd
+from isobn_kernels._torch_internals import disable_dynamo, has_tangent, is_plain, library, register_autograd
 from isobn_kernels.state import Options, State, Where
 
 _NO_FORWARD_MODE = (
@@ -85,6 +85,9 @@ class TransformedThroughStatistics(TrainThroughStatistics):
     backward = staticmethod(disable_dynamo(TrainThroughStatistics.backward))
 
 
+_LIBRARY = library("isobn_kernels", "gradients")
+
+
 def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     """Give the operator called ``name`` the gradient of ``function``."""
 
@@ -100,7 +103,7 @@ def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
 
         return function.apply(x, step, state, options, where)
 
-    register_autograd(_operators.LIBRARY, name, rule)
+    register_autograd(_LIBRARY, name, rule)
 
 
 _differentiate("train_forward", Train)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from isobn_kernels import backends
 from isobn_kernels._checks import check_arguments, check_gradient, check_rows, check_state
-from isobn_kernels._torch_internals import disable_dynamo, is_recomputation
+from isobn_kernels._torch_internals import define, disable_dynamo, is_recomputation, library
 from isobn_kernels.state import Options, State, Where
 
 # ---- What a call does ----
@@ -60,7 +60,7 @@ def compute_scale(state: State, options: Options, where: Where) -> Tensor:
 
 # ---- The operators: the same with checks, and with State, Options and Where as single arguments ----
 
-LIBRARY = torch.library.Library("isobn_kernels", "DEF")
+_LIBRARY = library("isobn_kernels", "functions")
 _STATE = "Tensor(a!) running_cov, Tensor(b!) running_std, Tensor(c!)? scale, Tensor(d!)? num_batches_tracked"
 # The backward writes to nothing. Inductor believes that it does, and keeps the call on a rank without rows: there the
 # result is empty, and a call whose result nobody reads is removed, all-reduces included.
@@ -82,11 +82,11 @@ def _register(
         return call
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        LIBRARY.define(signature)
+        define("isobn_kernels", signature)
         # Where torch.compile falls back to eager it still compiles the functions called inside, and must not.
-        LIBRARY.impl(name, disable_dynamo(checked(function)), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, disable_dynamo(checked(function)), "CompositeExplicitAutograd")
         # Of tensors on different devices PyTorch may call the fake one only.
-        torch.library.register_fake(f"isobn_kernels::{name}", checked(fake), lib=LIBRARY)
+        torch.library.register_fake(f"isobn_kernels::{name}", checked(fake), lib=_LIBRARY)
         return function
 
     return register
@@ -148,9 +148,9 @@ def _(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Any) -> Tensor:
     return compute_scale(*bundled(cov, std, None, count, *rest))
 
 
-LIBRARY.define("copy(Tensor x) -> Tensor")
-LIBRARY.impl("copy", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("isobn_kernels::copy", torch.empty_like, lib=LIBRARY)
+define("isobn_kernels", "copy(Tensor x) -> Tensor")
+_LIBRARY.impl("copy", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("isobn_kernels::copy", torch.empty_like, lib=_LIBRARY)
 
 
 def bundled(*flat: Any) -> tuple[State, Options, Where]:
@@ -166,4 +166,4 @@ def refuse_vmap(*_: Any) -> NoReturn:
 
 
 for _name in ("train_forward", "train_forward_through_statistics"):
-    torch.library.register_vmap(f"isobn_kernels::{_name}", refuse_vmap, lib=LIBRARY)
+    torch.library.register_vmap(f"isobn_kernels::{_name}", refuse_vmap, lib=_LIBRARY)

@@ -12,12 +12,14 @@ from torch._compile import _disable_dynamo as disable_dynamo  # torch.compiler.d
 from torch.autograd import forward_ad
 
 __all__ = [
+    "define",
     "disable_dynamo",
     "group_named",
     "has_tangent",
     "is_plain",
     "is_recomputation",
     "is_transformed",
+    "library",
     "register_autograd",
 ]
 
@@ -82,6 +84,27 @@ def register_autograd(library: torch.library.Library, name: str, rule: Callable[
         return rule(below, *args)
 
     library.impl(name, disable_dynamo(kernel), "Autograd", with_keyset=True)
+
+
+def library(namespace: str, part: str) -> torch.library.Library:
+    """A new library for that part of the operators of a namespace; what an earlier one registered is taken back.
+
+    `importlib.reload`, or a second import after names were deleted from `sys.modules`, registers everything anew.
+    """
+    libraries = vars(getattr(torch.ops, namespace)).setdefault("libraries", {})
+    if part in libraries:
+        libraries[part]._destroy()
+    libraries[part] = torch.library.Library(namespace, "FRAGMENT")
+    return libraries[part]
+
+
+def define(namespace: str, signature: str) -> None:
+    """Define an operator once in the life of the process: compiled graphs point to the definition."""
+    operators = getattr(torch.ops, namespace)
+    if not hasattr(operators, signature.partition("(")[0]):
+        if "definitions" not in vars(operators):
+            operators.definitions = torch.library.Library(namespace, "DEF")
+        operators.definitions.define(signature)
 
 
 def group_named(name: str) -> dist.ProcessGroup:

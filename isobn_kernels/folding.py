@@ -98,8 +98,9 @@ def check_foldable(model: nn.Module, isobn: IsoBN, linear: nn.Linear, target: st
 @torch.no_grad()
 def fold_scale(isobn: IsoBN, linear: nn.Linear) -> None:
     """Multiply the columns of the weight by the scale: ``linear(isobn(x))`` of evaluation becomes ``linear(x)``."""
-    # One rounding to the type of the weight, which may be half.
-    linear.weight.copy_(linear.weight.to(isobn.scale.dtype) * isobn.scale)
+    # One rounding to the type of the weight, which may be half; so may that of the scale, where FSDP has cast it.
+    dtype = torch.promote_types(isobn.scale.dtype, torch.float32)
+    linear.weight.copy_(linear.weight.to(dtype) * isobn.scale)
 
 
 def _fold(model: nn.Module, isobn: IsoBN, linear: nn.Module | None, target: str) -> Callable[[], None]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from isobn_kernels import backends
 from isobn_kernels._checks import check_hyperparameters, check_state
+from isobn_kernels._torch_internals import disable_dynamo
 from isobn_kernels.backends import across_ranks
 from isobn_kernels.functional import compute_scale, isobn
 from isobn_kernels.state import Options, State, Where
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+_HALF = (torch.float16, torch.bfloat16)
+
+# A new layer: statistics of no batch, and the scale that changes nothing.
+_INITIAL = {"running_cov": 0, "running_std": 0, "scale": 1, "num_batches_tracked": 0}
 
 
 class IsoBN(nn.Module):
@@ -49,8 +57,11 @@ class IsoBN(nn.Module):
         scale: (num_features,) float32 buffer, what evaluation multiplies by.
         num_batches_tracked: () int64 buffer, the number of updates.
 
-    The statistics stay float32 through ``.half()``, ``.bfloat16()`` and ``.to(half dtype)``. A pickled layer loads
-    without its process group; `copy.deepcopy` shares it.
+    The statistics stay float32 through ``.half()``, ``.bfloat16()`` and ``.to(half dtype)``. Where they have become
+    half precision in another way, the next forward makes them float32 again and warns that they were rounded. FSDP does
+    that with ``MixedPrecision(buffer_dtype=torch.bfloat16)``; ``buffer_dtype=torch.float32`` keeps every bit. A layer
+    made on the meta device is as new after ``to_empty``. A pickled layer loads without its process group;
+    `copy.deepcopy` shares it. `torch.fx` records the layer as one node, as it does batch norm.
 
     Raises:
         TypeError, ValueError: an argument or the input is not as described; the statistics are untouched.
@@ -108,7 +119,7 @@ class IsoBN(nn.Module):
             self.register_buffer(name, torch.empty(shape, device=device, dtype=torch.float32))
         self.register_buffer("scale", torch.empty(num_features, device=device, dtype=torch.float32))
         self.register_buffer("num_batches_tracked", torch.empty((), device=device, dtype=torch.int64))
-        self.reset_running_stats()
+        self.reset_parameters()
 
     @classmethod
     def convert_sync_isobn(cls, module: _Module, process_group: Any = None) -> _Module:
@@ -148,14 +159,18 @@ class IsoBN(nn.Module):
     @torch.no_grad()
     def reset_running_stats(self) -> None:
         """Forget all batches: statistics 0, scale 1 (the identity in evaluation)."""
-        self.running_cov.zero_()
-        self.running_std.zero_()
-        self.scale.fill_(1)
-        self.num_batches_tracked.zero_()
+        for name, value in _INITIAL.items():
+            getattr(self, name).fill_(value)
+
+    def reset_parameters(self) -> None:
+        """The same, under the name by which `torch.nn` modules are initialised after ``to_empty`` (FSDP, recipes)."""
+        self.reset_running_stats()
 
     @torch.no_grad()
     def refresh_scale(self) -> None:
         """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
+        if any(buffer.dtype in _HALF for buffer in self.buffers()):
+            self._make_float32()
         scale = self._scale_of(self.running_cov, self.running_std)
         self.scale.copy_(scale)
 
@@ -202,21 +217,53 @@ class IsoBN(nn.Module):
             kept.copy_(new)
 
     def forward(self, x: Tensor) -> Tensor:
-        return isobn(
+        function = isobn
+        if isinstance(x, Proxy):
+            path = x.tracer.path_of_module(self)
+            # Hooks are recorded around this call, and a call of the module would run them again.
+            if path and not self._forward_hooks and not self._forward_pre_hooks:
+                return x.tracer.create_proxy("call_module", path, (x,), {})
+            function = _record_isobn
+        cov, std, scale = self.running_cov, self.running_std, self.scale
+        if cov.dtype in _HALF or std.dtype in _HALF or scale.dtype in _HALF:
+            self._make_float32()
+        return function(
             x,
-            self.running_cov,
-            self.running_std,
+            cov,
+            std,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
             beta=self.beta,
             backend=self.backend,
-            scale=self.scale,
+            scale=scale,
             num_batches_tracked=self.num_batches_tracked,
             bias_correction=self.bias_correction,
             stop_gradient=self.stop_gradient,
             process_group=self.process_group,
         )
+
+    @disable_dynamo
+    def _make_float32(self) -> None:
+        """Take statistics of half precision up again; the tensors stay the same objects, which DDP may hold."""
+        half = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype in _HALF}
+        for name, buffer in half.items():
+            if not buffer.isfinite().all():
+                raise ValueError(
+                    f"{name} of IsoBN has become {buffer.dtype} and holds Inf or NaN: it was too large for that dtype. "
+                    "Load the statistics anew, or call reset_running_stats(), and keep them float32 (FSDP: "
+                    "MixedPrecision(buffer_dtype=torch.float32))"
+                )
+        if self.num_batches_tracked:
+            warnings.warn(
+                f"statistics of IsoBN ({', '.join(half)}) had become {next(iter(half.values())).dtype}, which rounds "
+                "them; they are float32 again. To keep every bit, set buffer_dtype=torch.float32 in FSDP's "
+                "MixedPrecision (accelerate: in its mixed_precision_policy), or load a checkpoint of float32",
+                stacklevel=2,
+            )
+        with torch.inference_mode(False):
+            for buffer in half.values():
+                buffer.data = buffer.float()
 
     def extra_repr(self) -> str:
         options = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, beta={self.beta}"
@@ -252,4 +299,32 @@ class IsoBN(nn.Module):
                 return buffer.to(moved.device, torch.float32)
             return moved
 
-        return super()._apply(keep_precision, recurse)
+        had_no_memory = any(buffer.is_meta for buffer in self.buffers())
+        super()._apply(keep_precision, recurse)
+        if had_no_memory:  # what to_empty has given it now holds anything
+            self.reset_running_stats()
+        return self
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """The mark of `transformers` on a module whose weights it has initialised, where a checkpoint lacks them.
+
+        The library knows batch norm by its class and fills its buffers before it sets the mark. For other modules the
+        model's author has to, or missing statistics are memory that nobody wrote: here the mark itself does it.
+        """
+        return self.__dict__.get("_is_hf_initialized", False)
+
+    @_is_hf_initialized.setter
+    @torch.no_grad()
+    def _is_hf_initialized(self, value: bool) -> None:
+        if value and not self._is_hf_initialized:
+            for name, initial in _INITIAL.items():
+                buffer = getattr(self, name)
+                if not getattr(buffer, "_is_hf_initialized", False):  # the mark of a tensor from the checkpoint
+                    buffer.fill_(initial)
+        self.__dict__["_is_hf_initialized"] = value
+
+
+def _record_isobn(*args: Any, **kwargs: Any) -> Any:
+    """`isobn` as a node of the graph that `torch.fx` is recording."""
+    return args[0].tracer.create_proxy("call_function", isobn, args, kwargs)

@@ -133,9 +133,14 @@ CONVERTED = ("float16", "bfloat16", "float64", "expanded", "every second", "tran
 RIGHT = {
     ("x", "one dimension more"): {*FUNCTIONAL, "isobn in evaluation without a scale", "layer"},
     **{("x", dtype): set(DOORS) - {"train_backward"} for dtype in ("float16", "bfloat16")},
+    **{(name, dtype): {"layer", "refresh_scale"} for name in STATISTICS[:3] for dtype in ("float16", "bfloat16")},
     ("scale", "None"): {*FUNCTIONAL, "train_forward", "train_forward_through_statistics"},
-    **{(name, what): {"load_published_statistics"} for name in STATISTICS[:2] for what in CONVERTED},
 }
+
+
+for _name in STATISTICS[:2]:
+    for _what in CONVERTED:
+        RIGHT[_name, _what] = {"load_published_statistics", *RIGHT.get((_name, _what), ())}
 
 
 def sweep(backend):

@@ -172,6 +172,63 @@ def test_cached_loss_counts_each_mini_batch_once(encoder: Path, tmp_path: Path) 
     assert model[2].isobn.num_batches_tracked == 2 * 2 * 4 * 5
 
 
+def loss_over_layers(kind: str, model: SentenceTransformer) -> torch.nn.Module:
+    inner = losses.MultipleNegativesRankingLoss(model)
+    if kind == "last layer":
+        return inner
+    if kind == "Matryoshka2dLoss":
+        return losses.Matryoshka2dLoss(model, inner, [D, D // 2], n_layers_per_step=-1)
+    weight = 1.0 if kind.endswith("KL") else 0.0
+    return losses.AdaptiveLayerLoss(model, inner, n_layers_per_step=-1, kl_div_weight=weight)
+
+
+@pytest.mark.parametrize("kind", ["AdaptiveLayerLoss", "AdaptiveLayerLoss, KL", "Matryoshka2dLoss"])
+def test_losses_over_earlier_layers_count_the_last_layer_only(encoder: Path, kind: str) -> None:
+    """The statistics are those of a loss on the last layer; embeddings of earlier layers take its scale."""
+    layers, scales = [], []
+    for loss_kind in ("last layer", kind):
+        model = make_model(encoder, **OPTIONS).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        loss = loss_over_layers(loss_kind, model)
+        model[2].register_forward_hook(lambda module, *_: scales.append(module.isobn.scale.clone()))
+        for number in range(3):
+            scales.clear()
+            loss([model.preprocess(TEXTS[number:]), model.preprocess(TEXTS[: len(TEXTS) - number])], None).backward()
+        layers.append(model[2])
+    assert layers[1].isobn.num_batches_tracked == layers[0].isobn.num_batches_tracked > 0
+    assert_same_state(layers[1], layers[0])
+    # The last layer first, one forward or one for each side; then the embedding layer and the first one.
+    assert len(scales) >= 3
+    assert all(same_bits(scale, layers[1].isobn.scale) for scale in scales[1:])
+    assert model[0].auto_model.get_input_embeddings().weight.grad.isfinite().all()
+
+
+def test_embedding_of_an_earlier_layer_is_that_of_evaluation() -> None:
+    torch.manual_seed(0)
+    module = IsoBNModule(D)
+    hidden = tuple(torch.randn(6, 3, D, requires_grad=True) for _ in range(3))
+
+    def features(layer: int) -> dict:
+        tokens = hidden[layer]
+        return {"token_embeddings": tokens, "all_layer_embeddings": hidden, "sentence_embedding": tokens.mean(dim=1)}
+
+    module(features(2))
+    for layer in (0, 1):
+        scale = module.isobn.scale.clone()
+        out = module(features(layer))["sentence_embedding"]
+        assert same_bits(out, hidden[layer].mean(dim=1) * scale)
+        assert module.isobn.num_batches_tracked == layer + 1
+        module(features(2))  # a later step does not reach the gradient of this one
+        assert not same_bits(module.isobn.scale, scale)
+        out.sum().backward()
+        torch.testing.assert_close(hidden[layer].grad, (scale / 3).expand(6, 3, D))
+    # Where the states of all layers are asked for, but not one of them is put in place of the last: an ordinary step.
+    module({**features(2), "token_embeddings": hidden[2] * 1})
+    assert module.isobn.num_batches_tracked == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_keeps_the_statistics(encoder: Path, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make_model(encoder)

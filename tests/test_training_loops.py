@@ -6,11 +6,13 @@ conftest.py): that no operation refuses it is part of what they show.
 
 import copy
 import functools
+import warnings
 from collections import OrderedDict
 
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from cases import CASES, skip_unless_available
 from helpers import State, assert_same_state, same_bits, to_numpy
 from torch import nn
@@ -142,6 +144,109 @@ def test_loss_scale_that_overflows_leaves_the_statistics_alone(case):
     with torch.autocast(case.device, dtype=torch.float16):
         plain(x)
     assert_same_model(net, plain)
+
+
+# ---- Sharded models: FSDP on one rank ----
+
+
+@pytest.fixture
+def fsdp(case):
+    """`FullyShardedDataParallel` over a group of this process alone."""
+    if case.device != "cpu":
+        pytest.skip("FSDP is tested on CPU tensors")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+        yield functools.partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def half_everywhere(dtype, **changed):
+    """The policy that accelerate sets up for FSDP."""
+    from torch.distributed.fsdp import MixedPrecision
+
+    return MixedPrecision(**{"param_dtype": dtype, "reduce_dtype": dtype, "buffer_dtype": dtype, **changed})
+
+
+def beside(net):
+    """The IsoBN of a wrapped model, and a copy that gets the same inputs without FSDP."""
+    (norm,) = (module for module in net.modules() if isinstance(module, IsoBN))
+    copied = copy.deepcopy(norm)
+
+    def follow(_, args, out):
+        copied.train(norm.training)(args[0].detach())
+
+    norm.register_forward_hook(follow)
+    return norm, copied
+
+
+WRAPPED = {
+    "whole": lambda fsdp, net, policy: fsdp(net, mixed_precision=policy),
+    "in parts": lambda fsdp, net, policy: fsdp(
+        nn.Sequential(fsdp(net[:2], mixed_precision=policy), net[2:]), mixed_precision=policy
+    ),
+    "original parameters": lambda fsdp, net, policy: fsdp(net, mixed_precision=policy, use_orig_params=True),
+    "by class": lambda fsdp, net, policy: fsdp(
+        net, mixed_precision=policy, auto_wrap_policy=lambda module, recurse, **_: recurse or type(module) is nn.Linear
+    ),
+}
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("how", WRAPPED)
+def test_fsdp_in_mixed_precision_has_statistics_of_float32(case, fsdp, how, dtype, stop_gradient):
+    """FSDP casts buffers past `.half()`, at the first forward. New statistics lose nothing, and nothing is said."""
+    net = WRAPPED[how](fsdp, classifier(case, stop_gradient=stop_gradient), half_everywhere(dtype))
+    norm, expected = beside(net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*IsoBN")
+        for step in range(3):
+            x, y = examples(step, case)
+            cross_entropy(net.train()(x.to(dtype)).float(), y).backward()
+            net.eval()(x.to(dtype))
+    assert [buffer.dtype for buffer in norm.buffers()] == [torch.float32] * 3 + [torch.int64]
+    assert norm.num_batches_tracked == 3
+    assert_same_state(state_of(norm), state_of(expected))
+    saved = {name.rpartition("norm.")[2]: tensor for name, tensor in net.state_dict().items()}
+    assert all(same_bits(saved[name.rpartition("norm.")[2]], buffer) for name, buffer in norm.named_buffers())
+
+
+def trained_in_float32(case):
+    net = classifier(case)
+    for step in range(3):
+        net(examples(step, case)[0])
+    return net.eval()
+
+
+def test_fsdp_rounds_statistics_from_before_and_says_so(case, fsdp):
+    net = fsdp(trained_in_float32(case), mixed_precision=half_everywhere(torch.bfloat16))
+    norm = beside(net)[0]
+    rounded = State(*(b.bfloat16().float() if b.is_floating_point() else b.clone() for b in norm.buffers()))
+    with pytest.warns(UserWarning, match="set buffer_dtype=torch.float32"):
+        net(examples(9, case)[0].bfloat16())
+    assert_same_state(state_of(norm), rounded)
+
+
+def test_fsdp_with_the_option_of_the_warning_keeps_every_bit(case, fsdp):
+    net = trained_in_float32(case)
+    before = state_of(net.norm).clone()
+    net = fsdp(net, mixed_precision=half_everywhere(torch.bfloat16, buffer_dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*IsoBN")
+        assert net(examples(9, case)[0].bfloat16()).dtype == torch.bfloat16
+    assert_same_state(state_of(beside(net)[0]), before)
+
+
+def test_fsdp_materialises_a_model_of_the_meta_device(case, fsdp):
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(F, D), nn.ModuleDict({"norm": IsoBN(D, backend=case.backend)}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*reset_parameters", category=UserWarning)
+        norm = beside(fsdp(net))[0]
+    assert_same_state(state_of(norm), state_of(IsoBN(D)))
 
 
 # ---- Several forwards, one backward ----
@@ -632,10 +737,11 @@ def test_load_state_dict_by_assignment(case):
     assert loaded.norm.scale.data_ptr() == state["norm.scale"].data_ptr()
 
 
-def test_to_empty_then_reset(case):
+@pytest.mark.parametrize("start", ["meta", "cpu"])
+def test_to_empty_then_reset(case, start):
     """Memory that nobody wrote (in this suite: NaN) becomes a new layer."""
-    layer = IsoBN(D, backend=case.backend, device="meta").to_empty(device=case.device)
-    layer.reset_running_stats()
+    layer = IsoBN(D, backend=case.backend, device=start).to_empty(device=case.device)
+    layer.reset_parameters()
     assert_same_state(state_of(layer), state_of(IsoBN(D, device=case.device)))
     h = examples(0, case)[0] @ torch.ones(F, D, device=case.device)
     assert layer(h).isfinite().all()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from isobn_kernels.functional import isobn
 from isobn_kernels.module import IsoBN
 
 try:
@@ -34,7 +35,9 @@ class IsoBNModule(Module):
     reach half as many steps back. Both kinds of texts share the statistics.
 
     Losses with a cache (``CachedMultipleNegativesRankingLoss``) count each of their mini-batches, and compute the
-    gradient with the newest scale for all mini-batches of a step. Over several processes, see
+    gradient with the newest scale for all mini-batches of a step. Losses that embed with earlier layers of the encoder
+    too (``AdaptiveLayerLoss``, ``Matryoshka2dLoss``) count the last layer only: embeddings of earlier layers take its
+    scale, as they do where the encoder is cut off later. Over several processes, see
     `isobn_kernels.IsoBN.convert_sync_isobn`.
 
     Args:
@@ -87,7 +90,12 @@ class IsoBNModule(Module):
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         embedding: Tensor = features["sentence_embedding"]
-        return {**features, "sentence_embedding": self.isobn(embedding)}
+        layer = self.isobn
+        if _is_from_earlier_layer(features):
+            embedding = isobn(embedding, layer.running_cov, layer.running_std, backend=layer.backend, scale=layer.scale)
+        else:
+            embedding = layer(embedding)
+        return {**features, "sentence_embedding": embedding}
 
     def get_embedding_dimension(self) -> int:
         return self.isobn.num_features
@@ -123,3 +131,9 @@ class IsoBNModule(Module):
         module = cls(**cls.load_config(model_name_or_path, **where))
         cls.load_torch_weights(model_name_or_path, model=module, **where)
         return module
+
+
+def _is_from_earlier_layer(features: dict[str, Any]) -> bool:
+    """Whether the embedding is that of an earlier layer, which `AdaptiveLayerLoss` puts in place of the last one's."""
+    earlier = features.get("all_layer_embeddings", ())[:-1]
+    return any(features.get("token_embeddings") is layer for layer in earlier)

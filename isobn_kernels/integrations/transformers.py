@@ -5,18 +5,21 @@ hangs IsoBN and that dropout before the output layer, so that the pooled, activa
 
     pooled embedding -> IsoBN -> dropout -> output layer
 
-`_FAMILIES` says where each family keeps the two. Pretrained weights keep their names; the statistics are those of
-``<output layer>.isobn``.
+The table at the end says where each family keeps the two. Pretrained weights keep their names; the statistics are those
+of ``<output layer>.isobn``. A new output layer or dropout takes the place of the old one: `_keep_isobn` sees to that.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from isobn_kernels.folding import check_foldable, fold_scale
 from isobn_kernels.module import IsoBN
@@ -24,7 +27,6 @@ from isobn_kernels.module import IsoBN
 try:
     import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
-    from transformers import initialization as init
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -42,8 +44,7 @@ class _Family:
     dense: str | None = None  # a linear layer further up that goes through the same dropout
 
 
-# By class, those with IsoBN among them; and the class with IsoBN that belongs to one without.
-_FAMILIES: dict[type, _Family] = {}
+# The class with IsoBN that belongs to one without.
 _WITH_ISOBN: dict[type, Any] = {}
 
 
@@ -52,12 +53,18 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
     The model becomes one of ``IsoBNBertForSequenceClassification`` or its like: a subclass of what it was, with a
     model type of its own ("isobn-bert"), so that what it saves is never loaded without IsoBN by mistake. To load it,
-    import this module and call `AutoModelForSequenceClassification.from_pretrained` as usual. Weights keep their
-    names. Checkpoints of the Trainer hold the statistics; in half precision they stay float32.
+    import this module and call `AutoModelForSequenceClassification.from_pretrained` as usual; the class that it was
+    refuses to. Weights keep their names. Checkpoints of the Trainer hold the statistics; in half precision they stay
+    float32.
+
+    A new `torch.nn.Linear` for the output layer (``model.classifier = torch.nn.Linear(768, 5)``) keeps IsoBN and the
+    dropout, and a new dropout (``model.dropout = torch.nn.Dropout(0.3)``) acts behind IsoBN. Another kind of layer is
+    refused, unless it holds the IsoBN itself, as ``torch.nn.Sequential(model.classifier.isobn, ...)`` does. To go on
+    without IsoBN call `isobn_kernels.fold_isobn` first.
 
     With PEFT, apply IsoBN first and wrap then. The statistics are saved with the classifier, which PEFT saves in full
     for the task type SEQ_CLS, and otherwise with ``modules_to_save=["classifier"]``; name ``target_modules``, and leave
-    the output layer out of them. To load an adapter, make its base the same way:
+    the output layer out of them, as its adapter would not see IsoBN. To load an adapter, make its base the same way:
     ``PeftModel.from_pretrained(apply_isobn(base), adapter)``. Quantize a folded model: tools that replace linear layers
     would take IsoBN out with the output layer. Over several processes, see `isobn_kernels.IsoBN.convert_sync_isobn`;
     for serving, `isobn_kernels.fold_isobn`.
@@ -96,9 +103,12 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
                 "IsoBN.convert_sync_isobn(model) for statistics across processes"
             )
     family = _family(model)
-    if isinstance(model, _WithIsoBN):
+    if _has_isobn(model):
         raise ValueError(f"model, a {type(model).__name__}, has IsoBN already")
     _insert(model, family, options)
+    # A later init_weights() leaves its statistics alone, as it does the weights that were there before.
+    isobn: Any = model.get_submodule(family.output).isobn
+    isobn._is_hf_initialized = True
     model.__class__ = _WITH_ISOBN[type(model)]
     _give_config(model, model.config_class, options)
     # It is no longer what it was loaded from, which PEFT would note as the base of an adapter.
@@ -111,7 +121,8 @@ def register_family(
 ) -> type[PreTrainedModel]:
     """Teach `apply_isobn` another class of models, whose head is dropout and then a linear output layer.
 
-    Call it where the model is made and where it is loaded, before either.
+    Call it where the model is made and where it is loaded, before either. A second call with the same arguments, as in
+    a notebook, changes nothing.
 
     Args:
         model_class: a subclass of `transformers.PreTrainedModel` with its ``config_class``.
@@ -124,7 +135,8 @@ def register_family(
         The class of the model with IsoBN, for pickle to be found in this module.
 
     Raises:
-        ValueError: the class is registered already.
+        ValueError: the class is registered already with other arguments, or another class has the model type of its
+            configuration.
 
     Example:
         >>> from transformers import CamembertForSequenceClassification
@@ -137,13 +149,33 @@ def register_family(
         ... ).__name__
         'IsoBNCamembertForSequenceClassification'
     """
-    if model_class in _FAMILIES:
-        raise ValueError(f"{model_class.__name__} is registered already")
+    where = _Family(output, dropout, dense)
+    if model_class in _WITH_ISOBN:
+        if _WITH_ISOBN[model_class]._where != where:
+            raise ValueError(
+                f"{model_class.__name__} is registered already, as {_WITH_ISOBN[model_class]._where}, got {where}"
+            )
+        return _WITH_ISOBN[model_class]
     config_class = model_class.config_class
     model_type = f"isobn-{config_class.model_type}"
+    for other, known in _WITH_ISOBN.items():
+        # The same name is the same class, defined anew in a notebook.
+        is_same = (other.__module__, other.__qualname__) == (model_class.__module__, model_class.__qualname__)
+        if known.config_class.model_type == model_type and not is_same:
+            raise ValueError(
+                f"the model type of {config_class.__name__}, {config_class.model_type!r}, is that of {other.__name__}, "
+                f"which is registered already: give {model_class.__name__} a config_class with a model_type of its own"
+            )
     with_config = type(
         f"IsoBN{config_class.__name__}", (config_class,), {"__module__": __name__, "model_type": model_type}
     )
+
+    @functools.wraps(model_class.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _check_head(self)
+        return model_class.forward(self, *args, **kwargs)
+
     with_isobn = type(
         f"IsoBN{model_class.__name__}",
         (_WithIsoBN, model_class),
@@ -151,10 +183,11 @@ def register_family(
             "__module__": __name__,
             "__doc__": _WithIsoBN.__doc__,
             "config_class": with_config,
+            "forward": forward,
             "_plain_class": model_class,
+            "_where": where,
         },
     )
-    _FAMILIES[model_class] = _FAMILIES[with_isobn] = _Family(output, dropout, dense)
     _WITH_ISOBN[model_class] = with_isobn
     globals().update({with_config.__name__: with_config, with_isobn.__name__: with_isobn})
     AutoConfig.register(model_type, with_config)
@@ -186,6 +219,25 @@ class _DropoutLinear(nn.Linear):
         return super().forward(self.dropout(x))
 
 
+class _MovedDropout(nn.Identity):
+    """What stands where the dropout was before it moved behind IsoBN."""
+
+    moved: Any
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["moved"] = dropout  # not as a module of this one: it acts elsewhere
+
+    # model.dropout.p = 0.3 does what it did.
+    @property
+    def p(self) -> float:
+        return self.moved.p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.moved.p = value
+
+
 class _IsoBNLinear(_DropoutLinear):
     """The output layer: IsoBN, dropout, linear."""
 
@@ -199,6 +251,7 @@ class _WithIsoBN(PreTrainedModel):
     """A sequence classifier with IsoBN before its dropout and output layer; see `apply_isobn`."""
 
     _plain_class: Any
+    _where: _Family
     # Not "isobn", which would also turn the integer counter into float32 on loading.
     _keep_in_fp32_modules_strict = ["isobn.running_cov", "isobn.running_std", "isobn.scale"]  # noqa: RUF012
 
@@ -209,21 +262,20 @@ class _WithIsoBN(PreTrainedModel):
         if not isinstance(config, self.config_class):
             _give_config(self, self.config_class, options)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # Buffer by buffer, with functions that leave alone what a checkpoint has filled.
-        if isinstance(module, IsoBN):
-            init.zeros_(module.running_cov)
-            init.zeros_(module.running_std)
-            init.ones_(module.scale)
-            init.zeros_(module.num_batches_tracked)
-        else:
-            super()._init_weights(module)
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False for models of the library, which then initialises missing weights in the manner of their family."""
+        return cls._plain_class.is_custom_code()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        _check_head(self)
+        super().save_pretrained(*args, **kwargs)
 
     def _fold_isobn(self) -> Callable[[], None]:
         """The step that gives the scale to the weights and makes this the library's own model, checked now."""
-        if type(self) not in _FAMILIES:
+        if "_where" not in vars(type(self)):
             raise ValueError(f"model is a {type(self).__name__}: fold the model itself, before sharding or subclassing")
-        family = _FAMILIES[type(self)]
+        family = self._where
         output = self.get_submodule(family.output)
         if [module for module in self.modules() if isinstance(module, IsoBN)] != [getattr(output, "isobn", None)]:
             raise ValueError(f"{family.output} of the model is wrapped: unwrap it first (PEFT: merge_and_unload)")
@@ -235,6 +287,7 @@ class _WithIsoBN(PreTrainedModel):
 
         def fold() -> None:
             fold_scale(output.isobn, output)
+            _become(self.get_submodule(family.dropout), nn.Identity)
             self.set_submodule(family.dropout, output.dropout)
             for path in filter(None, (family.output, family.dense)):
                 linear = self.get_submodule(path)
@@ -271,7 +324,7 @@ def _insert(model: PreTrainedModel, family: _Family, options: dict[str, Any]) ->
     isobn = IsoBN(output.in_features, device=output.weight.device, **options)
     # Nothing is changed before all of it is there. The classes are swapped, so that parameters, their names and
     # whatever is attached to the layers stay as they are; modules, unlike hooks, survive deepcopy and pickle.
-    model.set_submodule(family.dropout, nn.Identity())
+    model.set_submodule(family.dropout, _MovedDropout(dropout))
     for linear in linears:
         _become(linear, _DropoutLinear)
         linear.dropout = dropout
@@ -291,14 +344,114 @@ def _become(module: nn.Module, module_class: type[nn.Module]) -> None:
 
 def _family(model: PreTrainedModel) -> _Family:
     # A subclass of a class with IsoBN keeps its head where that does; one of a library class may do anything.
-    known = [kind for kind in type(model).__mro__ if kind in _FAMILIES]
-    if not known or (known[0] is not type(model) and not issubclass(known[0], _WithIsoBN)):
+    known = _WITH_ISOBN.get(type(model), type(model))
+    if not hasattr(known, "_where"):
         supported = ", ".join(kind.__name__ for kind in _WITH_ISOBN)
         raise ValueError(
             f"model is a {type(model).__name__}, which apply_isobn does not know; expected one of {supported}. "
             "register_family teaches it another class; apply it before wrapping a model (PEFT, DDP, compile)"
         )
-    return _FAMILIES[known[0]]
+    return known._where
+
+
+def _has_isobn(module: nn.Module) -> bool:
+    # By name: after importlib.reload, layers made before are of the class of before.
+    return any(kind.__name__ == "IsoBN" for layer in module.modules() for kind in type(layer).__mro__)
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Raise where a head has lost IsoBN in a way that `_keep_isobn` does not see, such as ``del model.classifier``."""
+    output = _family(model).output
+    if not _has_isobn(model.get_submodule(output)):
+        raise RuntimeError(
+            f"{output} of {type(model).__name__} has no IsoBN: it went with the layer that was there before. Assign a "
+            "torch.nn.Linear in place of the old layer, and it keeps IsoBN. To go on without IsoBN, call "
+            "fold_isobn(model) before the change"
+        )
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    """Raise where a class without IsoBN is made from the configuration of one with IsoBN."""
+    plain = next((kind for kind in type(model).__mro__ if kind in _WITH_ISOBN), None)
+    if plain is not None and not hasattr(model, "_where") and hasattr(model.config, "isobn"):
+        raise ValueError(
+            f"the configuration is that of a model with IsoBN, which {type(model).__name__} would lose. Expected "
+            f"AutoModelForSequenceClassification, or {_WITH_ISOBN[plain].__name__} of {__name__}. To go on without "
+            "IsoBN, load the model so, call fold_isobn(model) and save it. If it has lost IsoBN already, delete "
+            "'isobn' from its config.json"
+        )
+
+
+def _keep_isobn(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module | None:
+    """Hand IsoBN and dropout on where a head is replaced, or a layer of it. PyTorch calls it for every new submodule.
+
+    Returns:
+        What ``parent`` gets in place of ``new``, or None.
+
+    Raises:
+        ValueError: ``new`` has no place for them. Nothing is changed.
+    """
+    old = parent._modules.get(name)
+    if old is None:
+        if isinstance(parent, PreTrainedModel):
+            _check_class(parent)
+        return None
+    if new is old or any(isinstance(module, PreTrainedModel) for module in old.modules()):
+        return None  # a whole model goes, its head with it
+    layers = {path: layer for path, layer in old.named_modules() if isinstance(layer, (_DropoutLinear, _MovedDropout))}
+    if not layers:
+        return None
+    found = {} if new is None else dict(new.named_modules())
+    unfit = [path for path, layer in layers.items() if not _fits(found.get(path), layer)]
+    # Of PEFT; it would stand beside IsoBN and dropout, not behind them.
+    is_adapter = isinstance(getattr(new, "base_layer", None), _IsoBNLinear)
+    has_its_own = unfit and any(
+        isinstance(module, IsoBN if _has_isobn(old) else _DropoutLinear) for module in found.values()
+    )
+    if (old in found.values() or has_its_own) and not is_adapter:
+        return None  # the old one wrapped, a copy of what a wrapper held, or a head that the user has put together
+    if unfit or new is None:
+        layer, where = layers[unfit[0]], f"{name}.{unfit[0]}".rstrip(".")
+        expected = f"torch.nn.Linear with in_features={layer.in_features}" if isinstance(layer, nn.Linear) else "module"
+        raise ValueError(
+            f"{where} of {type(parent).__name__} cannot become {found.get(unfit[0])}: IsoBN or its dropout would be "
+            f"lost. Expected a {expected}, which takes them over, or a layer that holds them itself, such as "
+            f"torch.nn.Sequential(model.{where}.isobn, ...). To go on without IsoBN, call fold_isobn(model) first. In "
+            "PEFT and in quantization, leave this layer out"
+        )
+    if isinstance(old, _MovedDropout):
+        _move_dropout(new, parent)
+        old.__dict__["moved"] = new
+        return old
+    for path, layer in layers.items():
+        given: Any = found[path]
+        if isinstance(layer, _DropoutLinear) and type(given) is nn.Linear:
+            _become(given, _IsoBNLinear if isinstance(layer, _IsoBNLinear) else _DropoutLinear)
+            given.dropout = layer.dropout
+            if isinstance(layer, _IsoBNLinear):
+                given.isobn = layer.isobn
+    for path, layer in layers.items():
+        if isinstance(layer, _MovedDropout) and not isinstance(found[path], _MovedDropout):
+            _move_dropout(found[path], new)
+            new.set_submodule(path, _MovedDropout(found[path]))
+    return None
+
+
+def _fits(given: nn.Module | None, layer: nn.Module) -> bool:
+    """Whether ``given`` can stand where ``layer`` of a head stood: it is such a layer, or can be made one."""
+    if isinstance(layer, _MovedDropout):
+        return given is not None
+    is_plain = type(given) is nn.Linear and given.in_features == layer.in_features and not _is_hooked(given)
+    return is_plain or isinstance(given, _IsoBNLinear if isinstance(layer, _IsoBNLinear) else _DropoutLinear)
+
+
+def _move_dropout(dropout: nn.Module, parent: nn.Module) -> None:
+    """Put ``dropout`` before every linear layer of ``parent`` that has its dropout before it."""
+    linears = [module for module in parent.modules() if isinstance(module, _DropoutLinear)]
+    if not linears:
+        raise ValueError(f"the dropout acts in the output layer now, not in {type(parent).__name__}: set it there")
+    for linear in linears:
+        linear.dropout = dropout
 
 
 _LAYER = {"output": "classifier", "dropout": "dropout"}
@@ -315,3 +468,8 @@ for _name, _where in {
     "XLMRobertaForSequenceClassification": _HEAD,
 }.items():
     register_family(getattr(transformers, _name), **_where)
+
+# One, also where importlib.reload has run this module before.
+if "_HOOK" in globals():
+    globals()["_HOOK"].remove()
+_HOOK = register_module_module_registration_hook(_keep_isobn)  # type: ignore[arg-type]

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from isobn_kernels.isotropy.metrics import correlation, deviation_spread, explained_variance, mean_absolute_correlation
+from isobn_kernels.isotropy.metrics import (
+    as_matrix,
+    correlation,
+    deviation_spread,
+    explained_variance,
+    mean_absolute_correlation,
+)
 
 try:
     from matplotlib.figure import Figure
@@ -19,16 +26,17 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-def plot_isotropy(embeddings: Mapping[str, Tensor], path: str | Path, title: str) -> None:
+def plot_isotropy(embeddings: Mapping[str, Any], path: str | Path, title: str) -> None:
     """Draw deviations, correlations and explained variance of several embedding matrices, side by side, into a file.
 
     Args:
-        embeddings: name of a stage, such as "before training", and its matrix (N, D); at least one.
+        embeddings: name of a stage, such as "before training", and its matrix (N, D): a tensor, NumPy array or list of
+            rows; at least one.
         path: of the picture; its ending, such as ``.png``, chooses the format.
         title: above the whole.
 
     Raises:
-        ValueError: a matrix is not as the functions of `isobn_kernels.isotropy` expect.
+        TypeError, ValueError: a matrix is not as the functions of `isobn_kernels.isotropy` expect.
 
     Example:
         >>> import tempfile, torch
@@ -37,6 +45,9 @@ def plot_isotropy(embeddings: Mapping[str, Tensor], path: str | Path, title: str
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_isotropy({"before": x, "after": x * torch.rand(8)}, f"{folder}/isotropy.png", "Two matrices")
     """
+    embeddings = {name: as_matrix(x).cpu() for name, x in embeddings.items()}
+    spreads = {name: deviation_spread(x) for name, x in embeddings.items()}
+    correlations = {name: mean_absolute_correlation(x) for name, x in embeddings.items()}
     # In units of their mean: the stages differ in size, which is not a matter of isotropy.
     deviations = {name: _relative_deviations(x) for name, x in embeddings.items()}
     largest = max(float(values.max()) for values in deviations.values())
@@ -59,14 +70,14 @@ def plot_isotropy(embeddings: Mapping[str, Tensor], path: str | Path, title: str
         axes = histograms[number]
         axes.hist(deviations[name].numpy(), bins=40, range=(0, 1.05 * largest), color=colour)
         axes.axvline(1, color="0.3", linestyle="--", linewidth=1)
-        axes.set_title(f"{name}\nspread of deviations {deviation_spread(x):.2f}")
+        axes.set_title(f"{name}\nspread of deviations {spreads[name]:.2f}")
         axes.set_xlabel("deviation / mean deviation")
 
         axes = heat_maps[number]
         R = correlation(x)
         R = R[order := _block_order(R)][:, order]
         image = axes.imshow(R.numpy(), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        axes.set_title(f"{name}\nmean |correlation| {mean_absolute_correlation(x):.2f}")
+        axes.set_title(f"{name}\nmean |correlation| {correlations[name]:.2f}")
         axes.set_xlabel("feature (sorted)")
 
         explained = explained_variance(x)
@@ -88,7 +99,7 @@ def plot_isotropy(embeddings: Mapping[str, Tensor], path: str | Path, title: str
 
 
 def _relative_deviations(x: Tensor) -> Tensor:
-    sigma = x.double().std(dim=0, correction=0)
+    sigma = x.std(dim=0, correction=0)
     return sigma / sigma.mean()
 
 
