@@ -111,7 +111,8 @@ def same_bits(a, b):
 
 
 def to_bytes(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_untouched(state, before):
