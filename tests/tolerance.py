@@ -22,6 +22,8 @@ import torch
 from cases import REFERENCE
 from helpers import state_dtype, to_numpy, train, train_with_gradient
 
+from isobn_kernels import isobn
+
 # The largest error of a result rounded to 16 bits: half a unit in the last place, and the float32 error before it.
 _ROUNDED = {
     name: {"out": half_ulp + 1e-6, "dx": half_ulp + 1e-6, "dx through statistics": half_ulp + 1e-5}
@@ -169,3 +171,17 @@ def train_rightly(x, state, case, dout=None, *, largest=np.inf, bounds=BOUNDS["e
     found = results(state, case)
     assert_right(found, results(reference, REFERENCE), truth, bounds, x.dtype)
     return found["out"], found.get(gradient)
+
+
+def scale_rightly(state, case, bounds=BOUNDS["edge cases"], **options):
+    """The scale (D,) that the statistics call for, by ``case``: held to the rule as in `train_rightly`."""
+
+    def scale(backend):
+        ones = torch.ones_like(state.running_std)[None]
+        return {"scale": isobn(ones, state.running_cov, state.running_std, backend=backend, **options)[0]}
+
+    C, sigma, _, t = state.oracle()
+    numbers = {name: value for name, value in options.items() if name != "num_batches_tracked"}
+    found = scale(case.backend)
+    assert_right(found, scale("reference"), {"scale": oracle.compute_scale(C, sigma, t, **numbers)}, bounds)
+    return found["scale"]

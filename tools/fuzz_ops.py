@@ -389,7 +389,8 @@ class Judge:
         truths = [oracle.gradient(self.x, self.dout, self.before, open=choice, **self.numbers) for choice in choices]
         if not np.isfinite(self.x).all():
             # By the chain rule the NaN reaches all features: whether they are finite is all there is to compare.
-            same = [(np.isfinite(dx) == np.isfinite(truth)).all() for truth in truths]
+            pairs = [self.representable(dx, truth) for truth in truths]
+            same = [(np.isfinite(value) == np.isfinite(truth)).all() for value, truth in pairs]
             return [] if any(same) else ["dx is not finite in other places"]
         found = []
         size = self.size_of_terms(open | unclear)
