@@ -37,7 +37,9 @@ class Train(torch.autograd.Function):
         return out, scale
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None]:
+        if dout is None:
+            return None, None, None, None, None
         (scale,) = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain(dout):  # to be differentiated again, or fused by a compiler
             dx = (dout * scale).to(dout.dtype)
@@ -64,8 +66,10 @@ class TrainThroughStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor, None, None, None, None]:
         x, *copy = ctx.saved_tensors
+        if dout is None:  # nothing depends on this rank's output, and the other ranks wait for its sums
+            dout = torch.zeros_like(x)
         options, where = ctx.rest
         if is_plain(dout, x):
             dx = _operators.train_backward(dout, x, State(*copy), options, where)

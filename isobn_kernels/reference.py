@@ -126,7 +126,9 @@ def through_statistics(
     w = correction_weight(num_batches_tracked, momentum, bias_correction)
     C, sigma = symmetric(running_cov) / w, running_std / w
     inv = reciprocal(sigma)
-    unclamped = correlation(C, sigma)
+    # Symmetric to the bit: whether |R_ij| < 1 is decided once for i and j. At 1 the two terms of an entry cancel, and
+    # only if both are there or neither.
+    unclamped = symmetric(correlation(C, sigma))
     R = unclamped.clamp(-1, 1)
     gamma = R.square().mean(dim=1)
     u = gamma * sigma + eps

@@ -153,10 +153,10 @@ class _Step(torch.autograd.Function):
 def clamp_margin(x, state, momentum=0.05, bias_correction=False, **_):
     """How near any |R_ij| of the step on ``x`` comes to 1, where the gradient jumps.
 
-    Exactly 1 (the diagonal of a single batch) does not count: R is at its largest there, and the gradient 0 either way.
+    Exactly 1 (features of a single batch that are one another's multiples, each of itself, all of two rows) does not
+    count: R is at its largest there, and the gradient 0 either way.
     """
     _, after = train_step(x, state, momentum=momentum, bias_correction=bias_correction)
     w = correction(after.t, momentum, bias_correction)
     distance = np.abs(np.abs(correlation(after.C / w, after.sigma / w)) - 1)
-    np.fill_diagonal(distance, np.where(np.diag(distance) < 1e-12, 1, np.diag(distance)))
-    return distance.min(initial=1)
+    return distance[distance >= 1e-12].min(initial=1)

@@ -40,6 +40,7 @@ class Scenario(NamedTuple):
     stop_gradient: bool = True
     offset: float = 1.0
     trained: bool = False
+    duplicated: bool = False
 
     def __str__(self):
         defaults = self._field_defaults
@@ -72,11 +73,10 @@ class Scenario(NamedTuple):
     def batches(self):
         """(step, x, dout) for each step, counted from 1."""
         for step in range(1, self.steps[-1] + 1):
-            yield (
-                step,
-                batch(self.N, self.D, step, self.dtype, offset=self.offset),
-                upstream(self.N, self.D, step, self.dtype),
-            )
+            x = batch(self.N, self.D, step, self.dtype, offset=self.offset)
+            if self.duplicated:  # the last feature is the first, and the second its opposite at twice the size
+                x[:, -1], x[:, 1] = x[:, 0], -2 * x[:, 0]
+            yield step, x, upstream(self.N, self.D, step, self.dtype)
 
 
 @cache
@@ -190,6 +190,16 @@ SCENARIOS = [
     *(Scenario(17, 7, momentum=m, bias_correction=b) for m in (0.0, 1.0) for b in (True, False)),
     *(Scenario(17, 7, momentum=m, stop_gradient=False) for m in (0.0, 0.3, 1.0)),
     *(Scenario(17, 7, eps=e, stop_gradient=s) for e in (1e-8, 10.0) for s in (True, False)),
+    # Correlations of exactly 1, where the gate of the gradient opens by rounding: it must open for both i, j and j, i.
+    *(Scenario(2, D, d, (1,), stop_gradient=False, bias_correction=True) for D in (2, 7, 65) for d in (fp32, fp64)),
+    *(Scenario(2, 8, d, (1,), stop_gradient=False, bias_correction=True) for d in (fp16, bf16)),
+    *(Scenario(2, 8, steps=(1,), stop_gradient=False, momentum=1.0, trained=t) for t in (True, False)),
+    *(
+        Scenario(N, 9, d, (1, 5), stop_gradient=False, bias_correction=True, duplicated=True)
+        for N in (3, 17, 129)
+        for d in (fp32, fp64)
+    ),
+    Scenario(17, 65, steps=(1, 5), stop_gradient=False, duplicated=True),
     # A mean far above the deviation, in row 0 as in all others.
     Scenario(17, 65, steps=LONG, offset=1e4),
     Scenario(300, 64, offset=1e4),
