@@ -130,24 +130,23 @@ class Layer(torch.nn.Module):
             return x * torch.tensor(self.state.scale)
         before = self.state
         _, self.state = train_step(x.detach().numpy(), before, **self.options)
-        through = None if self.stop_gradient else (before, self.options)
-        return _Step.apply(x, torch.tensor(self.state.scale), through)
+        return _Step.apply(x, self.state.scale, None if self.stop_gradient else (before, self.options))
 
 
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, through):
-        ctx.save_for_backward(x, scale)
-        ctx.through = through
-        return x * scale
+        ctx.saved = x.detach().numpy(), scale, through
+        return x * torch.tensor(scale)
 
     @staticmethod
     def backward(ctx, dout):
-        x, scale = ctx.saved_tensors
-        if ctx.through is None:
-            return dout * scale, None, None
-        before, options = ctx.through
-        return torch.tensor(gradient(x.numpy(), dout.numpy(), before, **options)), None, None
+        x, scale, through = ctx.saved
+        if through is None:
+            return dout * torch.tensor(scale), None, None
+        before, options = through
+        with torch.enable_grad():
+            return torch.tensor(gradient(x, dout.detach().numpy(), before, **options)), None, None
 
 
 def clamp_margin(x, state, momentum=0.05, bias_correction=False, **_):

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import oracle
 import pytest
 import torch
