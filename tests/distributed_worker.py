@@ -46,7 +46,7 @@ from isobn_kernels.state import Options
 from isobn_kernels.state import State as Bundle
 
 D = 12
-SECONDS = 60  # that a rank waits for another before it gives up
+SECONDS = 1800  # that a rank waits for another before it gives up: a hang is an error, a busy machine is not
 CHECKS = {}
 
 

@@ -142,7 +142,6 @@ def python(code, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -126,7 +126,7 @@ def errors(found, truth):
 def _error(name, value, truth):
     if isinstance(truth, (list, tuple)):
         return max(_error(name, v, t) for v, t in zip(value, truth, strict=True))
-    value, truth = (to_numpy(v) if isinstance(v, torch.Tensor) else v for v in (value, truth))
+    value, truth = (np.atleast_1d(to_numpy(v) if isinstance(v, torch.Tensor) else v) for v in (value, truth))
     if name == "C":
         return covariance_error(value, truth)
     return relative(value, truth, axis=None if name in ("sigma", "scale") else 0)
