@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.utils.prune
+from tolerance import assert_right
 from torch import nn
 
 from isobn_kernels import IsoBN, fold_isobn

@@ -6,10 +6,10 @@ Each result is compared with the float64 oracle on the same rounded input, by on
     sigma, scale   max_j  |d_j| / |value_j|
     out, dx        max_j (max_n |d_nj| / max_n |value_nj|)
 
-Where the denominator is 0 the value must be exact. The reference has an absolute bound, `BOUNDS`. Every other backend
-may have twice the error of the reference on the same input, plus `SLACK`. The same holds for two ways to compute one
-thing, such as a compiled step and an eager one: each is compared with float64, never with the other under a fixed
-number, because compilers, libraries and processors round differently.
+Where the denominator is 0 or not finite the value must be exact. The reference has an absolute bound, `BOUNDS`. Every
+other backend may have twice the error of the reference on the same input, plus `SLACK`. The same holds for two ways to
+compute one thing, such as a compiled step and an eager one: each is compared with float64, never with the other under a
+fixed number, because compilers, libraries and processors round differently.
 
 The same rule serves 16-bit outputs. There the error is mostly the rounding of the output, at most half a unit in the
 last place, and a value that two backends round to different sides lies in the middle between them: both are then half
@@ -89,7 +89,7 @@ SLACK = {torch.float32: 1e-6, torch.float64: 1e-6 * 2.0**-29}
 
 
 def relative(value, truth, axis=None):
-    """max |value - truth| / |truth|, each maximum over ``axis`` first; exactness asked for where truth is 0 or not finite."""
+    """max |value - truth| / |truth|, each maximum over ``axis`` first. Where truth is 0 or not finite: exactness."""
     finite = np.isfinite(truth)
     with np.errstate(invalid="ignore"):
         odd = np.where((value == truth) | (np.isnan(value) & np.isnan(truth)), 0.0, np.inf)
