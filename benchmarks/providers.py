@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isobn_kernels import backends, isobn
+from isobn_kernels.state import Where
 
 MOMENTUM, EPS, BETA = 0.05, 1e-3, 0.5
 TOLERANCE = 1e-5  # of the gate, relative, plus one rounding to the dtype of x for output and gradient
@@ -152,7 +153,7 @@ def one_step(x: Tensor, state: State, name: str, stop_gradient: bool = True, tra
 
 
 def backend_provider(name: str, x: Tensor) -> Provider:
-    backends.select(name, x)  # raises with the reason if it cannot run
+    backends.select(Where(name), x)  # raises with the reason if it cannot run
     return Provider(partial(one_step, name=name), partial(one_step, name=name, training=False))
 
 

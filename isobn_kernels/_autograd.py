@@ -19,16 +19,14 @@ _NO_FORWARD_MODE = (
 )
 
 # What a Function below calls for its forward: one of `_operators`, directly or as a registered operator.
-Step = Callable[[Tensor, State, Options, Where], tuple[Tensor, ...]]
+Forward = Callable[[Tensor, State, Options, Where], tuple[Tensor, ...]]
 
 
 class Train(torch.autograd.Function):
     """The default: ``dx = dout * scale``. Without `setup_context`, which costs 20 us a call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, step: Step, state: State, options: Options, where: Where
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, step: Forward, state: State, options: Options, where: Where) -> tuple[Tensor, Tensor]:
         out, scale = step(x, state, options, where)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
@@ -54,7 +52,7 @@ class TrainThroughStatistics(torch.autograd.Function):
     vmap = staticmethod(_operators.refuse_vmap)
 
     @staticmethod
-    def forward(x: Tensor, step: Step, state: State, options: Options, where: Where) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, step: Forward, state: State, options: Options, where: Where) -> tuple[Tensor, ...]:
         return step(x, state, options, where)
 
     @staticmethod

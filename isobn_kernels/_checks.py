@@ -73,17 +73,19 @@ def _check_state(
     if options.bias_correction and state.num_batches_tracked is None:
         raise ValueError("bias_correction=True needs num_batches_tracked, the () int64 tensor that counts updates")
     D = state.running_std.shape[0]
-    for name, tensor, expected, dtype in (
-        ("running_cov", state.running_cov, (D, D), state_dtype),
-        ("running_std", state.running_std, (D,), state_dtype),
-        ("scale", state.scale, (D,), state_dtype),
-        ("num_batches_tracked", state.num_batches_tracked, (), torch.int64),
-    ):
-        if tensor is None and name in ("scale", "num_batches_tracked"):
-            continue
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "running_cov": ((D, D), state_dtype),
+        "running_std": ((D,), state_dtype),
+    }
+    if state.scale is not None:
+        expected["scale"] = ((D,), state_dtype)
+    if state.num_batches_tracked is not None:
+        expected["num_batches_tracked"] = ((), torch.int64)
+    for name, (shape, dtype) in expected.items():
+        tensor = getattr(state, name)
         _check_strided(name, tensor)
-        if tensor.shape != expected:
-            raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != dtype:
             because = "" if dtype is torch.int64 else f" for x in {x_dtype}"
             hint = ": module.double() makes the statistics float64" if x_dtype is torch.float64 else ""
@@ -93,7 +95,7 @@ def _check_state(
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a statistic that training overwrites")
         if has_tangent(tensor):
-            raise ValueError(f"{name} must not carry a forward-mode tangent: it is a statistic that training overwrites")
+            raise ValueError(f"{name} must not carry a forward-mode tangent: training overwrites this statistic")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 

@@ -9,7 +9,7 @@ operator is differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def train_backward(dout: Tensor, x: Tensor, state: State, options: Options, wher
     """The gradient of the step with ``stop_gradient=False`` that returned ``state``."""
     chosen = backends.select(where, x)
     if chosen.too_few_rows(x):
-        return chosen.apply_scale(dout, cast(Tensor, state.scale))
+        return chosen.apply_scale(dout, state.stored_scale)
     return chosen.train_backward(dout, x, state, options)
 
 
@@ -66,64 +66,89 @@ _COPY = "Tensor running_cov, Tensor running_std, Tensor scale, Tensor? num_batch
 _REST = 'float momentum, float eps, float beta, bool bias_correction, str backend, str group=""'
 
 
-def _register(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _register(
+    signature: str, check: Callable[..., None], fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the operator of that signature, behind ``check`` of the same arguments."""
+    name = signature.partition("(")[0]
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            check(*args)
+            return function(*args)
+
+        return call
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = signature.partition("(")[0]
         LIBRARY.define(signature)
         # Where torch.compile falls back to eager it still compiles the functions called inside, and must not.
-        LIBRARY.impl(name, disable_dynamo(function), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"isobn_kernels::{name}", fake, lib=LIBRARY)
+        LIBRARY.impl(name, disable_dynamo(checked(function)), "CompositeExplicitAutograd")
+        # Of tensors on different devices PyTorch may call the fake one only.
+        torch.library.register_fake(f"isobn_kernels::{name}", checked(fake), lib=LIBRARY)
         return function
 
     return register
 
 
+def _check_step(x: Tensor, *rest: Any) -> None:
+    check_rows(x)
+    check_arguments(x, *bundled(*rest)[:2])
+
+
+def _check_backward(dout: Tensor, x: Tensor, *rest: Any) -> None:
+    check_rows(x, dout)
+    check_arguments(x, *bundled(*rest)[:2])
+
+
+def _check_scale(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Any) -> None:
+    check_state(*bundled(cov, std, None, count, *rest)[:2])
+
+
 @_register(
     f"train_forward(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor)",
+    check=_check_step,
     fake=lambda x, cov, std, *_: (x.new_empty(x.shape), std.new_empty(std.shape)),
 )
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    arguments = bundled(*rest)
-    check_rows(x)
-    check_arguments(x, *arguments[:2])
-    return train_forward(x, *arguments)
+    return train_forward(x, *bundled(*rest))
 
 
 @_register(
     f"train_forward_through_statistics(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda x, cov, std, scale, count, *_: (
+    check=_check_step,
+    fake=lambda x, cov, std, *_: (
         x.new_empty(x.shape),
         cov.new_empty(cov.shape),
         std.new_empty(std.shape),
         std.new_empty(std.shape),
-        cov.new_empty((), dtype=torch.int64),
+        std.new_empty((), dtype=torch.int64),
     ),
 )
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = bundled(*rest)
-    check_rows(x)
-    check_arguments(x, *arguments[:2])
-    return train_forward_through_statistics(x, *arguments)
+    return train_forward_through_statistics(x, *bundled(*rest))
 
 
 @_register(
-    f"train_backward(Tensor dout, Tensor x, {_COPY}, {_REST}) -> Tensor", fake=lambda dout, x, *_: x.new_empty(x.shape)
+    f"train_backward(Tensor dout, Tensor x, {_COPY}, {_REST}) -> Tensor",
+    check=_check_backward,
+    fake=lambda dout, x, *_: x.new_empty(x.shape),
 )
 def _(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    arguments = bundled(*rest)
-    check_rows(x, dout)
-    check_arguments(x, *arguments[:2])
-    return train_backward(dout, x, *arguments)
+    return train_backward(dout, x, *bundled(*rest))
 
 
 @_register(
     f"compute_scale(Tensor running_cov, Tensor running_std, Tensor? num_batches_tracked, {_REST}) -> Tensor",
+    check=_check_scale,
     fake=lambda cov, std, *_: std.new_empty(std.shape),
 )
-def _(running_cov: Tensor, running_std: Tensor, num_batches_tracked: Tensor | None, *rest: Any) -> Tensor:
-    state, options, where = bundled(running_cov, running_std, None, num_batches_tracked, *rest)
-    check_state(state, options)
-    return compute_scale(state, options, where)
+def _(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Any) -> Tensor:
+    return compute_scale(*bundled(cov, std, None, count, *rest))
+
+
+LIBRARY.define("copy(Tensor x) -> Tensor")
+LIBRARY.impl("copy", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("isobn_kernels::copy", torch.empty_like, lib=LIBRARY)
 
 
 def bundled(*flat: Any) -> tuple[State, Options, Where]:

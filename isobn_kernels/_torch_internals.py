@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that this package uses, with what it is for. tests/test_torch_internals.py calls each."""
+"""Every private name of PyTorch that this package uses, each in a function that says what it is for."""
 
 from __future__ import annotations
 

@@ -101,7 +101,10 @@ def _evaluate(x: Tensor, state: State, options: Options, where: Where) -> Tensor
     if scale is None:
         scale = compute_scale(state, options, where)
     elif torch.is_grad_enabled() and x.requires_grad:
-        scale = scale.clone()  # the backward needs it, and a later training step overwrites the buffer
+        # The backward needs it, and a later training step overwrites the buffer. AOTAutograd drops a clone and reads the
+        # buffer again; it cannot look into an operator. An exported program keeps the clone.
+        compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        scale = torch.ops.isobn_kernels.copy(scale) if compiled else scale.clone()
     return (x * scale).to(x.dtype)
 
 

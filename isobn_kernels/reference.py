@@ -106,16 +106,14 @@ def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> T
 
     ``running_cov``, ``running_std`` and ``num_batches_tracked`` are copies taken right after the forward's update.
     """
-    dtype, scale = state.running_cov.dtype, state.scale
+    dtype = state.running_cov.dtype
     g = (dout.to(dtype) * x.to(dtype)).sum(dim=0)
     y, s = centre(x.to(dtype))
     through = through_statistics(g, y, s, x.shape[0], state, options)
-    return (dout.to(dtype) * scale + through).to(x.dtype).contiguous()
+    return (dout.to(dtype) * state.stored_scale + through).to(x.dtype).contiguous()
 
 
-def through_statistics(
-    g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: State, options: Options
-) -> Tensor:
+def through_statistics(g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: State, options: Options) -> Tensor:
     """The part of ``train_backward`` that flows through the batch statistics, for the rows of ``y``.
 
     ``g``, ``s`` and ``N`` are those of the whole batch: the gradient that reaches ``scale``, deviations and rows.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -14,6 +14,11 @@ class State(NamedTuple):
     running_std: Tensor  # (D,)
     scale: Tensor | None  # (D,), what evaluation multiplies by
     num_batches_tracked: Tensor | None  # (), int64
+
+    @property
+    def stored_scale(self) -> Tensor:
+        """``scale`` where it cannot be None: in the copy that a training step makes for its backward."""
+        return cast(Tensor, self.scale)
 
 
 class Options(NamedTuple):

@@ -35,18 +35,23 @@ _BY_NAME_ONLY = ("cuda", "triton")
 _PREFERRED = os.environ.get("ISOBN_BACKEND", "auto")
 
 
-class Backend(Protocol):
-    """The functions of a backend; `isobn_kernels.reference` is the documentation of each."""
+class Step(Protocol):
+    """The functions of a training step; `isobn_kernels.reference` is the documentation of each."""
 
-    NAME: str
-
-    def unavailable_reason(self) -> str | None: ...
-    def unsupported_reason(self, x: Tensor) -> str | None: ...
     def too_few_rows(self, x: Tensor) -> bool: ...
     def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]: ...
     def compute_scale(self, state: State, options: Options) -> Tensor: ...
     def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor: ...
     def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor: ...
+
+
+class Backend(Step, Protocol):
+    """The functions of a backend, and who it is."""
+
+    NAME: str
+
+    def unavailable_reason(self) -> str | None: ...
+    def unsupported_reason(self, x: Tensor) -> str | None: ...
 
 
 @cache
@@ -74,7 +79,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *_MODULES)}, got {backend!r}")
 
 
-def select(where: Where, x: Tensor) -> Backend:
+def select(where: Where, x: Tensor) -> Step:
     """The backend asked for; with the name of a process group, on the rows of all its ranks."""
     chosen = _select(where.backend, x)
     if not where.group:

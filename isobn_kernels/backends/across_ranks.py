@@ -79,7 +79,7 @@ class AcrossRanks:
         return False  # the ranks find out together, in `train_forward`
 
     def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
-        """Equations (1)-(10). With fewer than two rows in all the state is untouched and the stored scale is applied."""
+        """Equations (1)-(10). With fewer than two rows in all, the state is untouched and the stored scale applied."""
         running_cov, running_std, scale, num_batches_tracked = state
         n, y = _centre(x, running_cov.dtype, self.group)
         with reference.exact_float32_matmul(x):
@@ -114,7 +114,7 @@ class AcrossRanks:
         sums = torch.stack([(dout.to(dtype) * x.to(dtype)).sum(0), y.square().sum(0)])
         g, squares = _sum_over_ranks(sums, self.group)
         through = reference.through_statistics(g, y, (squares / n).sqrt(), n, state, options)
-        return (dout.to(dtype) * state.scale + torch.where(n >= 2, through, 0.0)).to(x.dtype).contiguous()
+        return (dout.to(dtype) * state.stored_scale + torch.where(n >= 2, through, 0.0)).to(x.dtype).contiguous()
 
 
 def _centre(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
-    running_cov, running_std, scale, num_batches_tracked = state
+    running_cov, running_std, _, num_batches_tracked = state
     momentum, eps, beta, bias_correction = options
     N, D = x.shape
     dtype, threads = _DTYPE[x.dtype], torch.get_num_threads()
@@ -148,7 +148,7 @@ def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> T
         running_cov.data_ptr(),
         running_std.data_ptr(),
         0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-        scale.data_ptr(),
+        state.stored_scale.data_ptr(),
         dx.data_ptr(),
         momentum,
         eps,
