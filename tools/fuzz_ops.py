@@ -217,6 +217,8 @@ class Drawer:
     def laid_out(self, t: torch.Tensor, name: str) -> torch.Tensor:
         expanded = 0.2 if name == "x" else 1.0  # an expanded x has no variance, or no features of its own
         layouts = {layout: expanded if "expanded" in layout else 1.0 for layout in LAYOUTS} | {"contiguous": 8.0}
+        if self.overflowing.any():
+            del layouts["one column expanded"]  # see the gradient of 0 above
         layout = self.one_of(layouts)
         self.kinds.append(f"{name} {layout}")
         return LAYOUTS[layout](t) if t.numel() else t
