@@ -26,7 +26,9 @@ class Train(torch.autograd.Function):
     """The default: ``dx = dout * scale``. Without `setup_context`, which costs 20 us a call."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Forward, state: State, options: Options, where: Where) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, step: Forward, state: State, options: Options, where: Where
+    ) -> tuple[Tensor, Tensor]:
         out, scale = step(x, state, options, where)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
@@ -87,10 +89,10 @@ def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     """Give the operator called ``name`` the gradient of ``function``."""
 
     def rule(below: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+        if x is None or not (x.requires_grad or has_tangent(x)) or not torch.is_grad_enabled():
+            return below(x, *rest)  # which refuses None
         if has_tangent(x):
             raise NotImplementedError(_NO_FORWARD_MODE)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return below(x, *rest)
         state, options, where = _operators.bundled(*rest)
 
         def step(x: Tensor, state: State, options: Options, where: Where) -> Any:

@@ -51,13 +51,17 @@ def check_state(state: State, options: Options) -> None:
     _check_state(state, options, std.dtype, std.device, std.dtype)
 
 
-def check_rows(x: Tensor, dout: Tensor | None = None) -> None:
-    """Raise unless ``x`` is (N, D), and ``dout`` a gradient for it: what an operator takes."""
+def check_rows(x: Tensor) -> None:
+    """Raise unless ``x`` is (N, D), as an operator takes it."""
+    _check_strided("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape (N, D), got {tuple(x.shape)}")
-    if dout is None:
-        return
+
+
+def check_gradient(dout: Tensor, x: Tensor, state: State) -> None:
+    """Raise unless ``dout`` is a gradient for ``x``, and the state what a forward returned: with a scale."""
     _check_strided("dout", dout)
+    _check_strided("scale", state.stored_scale)
     if dout.shape != x.shape:
         raise ValueError(f"dout must have the shape of x, {tuple(x.shape)}, got {tuple(dout.shape)}")
     if dout.dtype != x.dtype:

@@ -156,10 +156,14 @@ class IsoBN(nn.Module):
     @torch.no_grad()
     def refresh_scale(self) -> None:
         """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
-        state = State(self.running_cov, self.running_std, self.scale, self.num_batches_tracked)
+        scale = self._scale_of(self.running_cov, self.running_std)
+        self.scale.copy_(scale)
+
+    def _scale_of(self, running_cov: Tensor, running_std: Tensor) -> Tensor:
+        state = State(running_cov, running_std, self.scale, self.num_batches_tracked)
         options = Options(self.momentum, self.eps, self.beta, self.bias_correction)
         check_state(state, options)
-        self.scale.copy_(compute_scale(state, options, Where(self.backend)))
+        return compute_scale(state, options, Where(self.backend))
 
     @torch.no_grad()
     def load_published_statistics(self, cov: Tensor, std: Tensor) -> None:
@@ -172,7 +176,8 @@ class IsoBN(nn.Module):
         ``num_batches_tracked`` is left as it is: that code does not count.
 
         Raises:
-            ValueError: a shape is wrong or a value is not finite; nothing was changed.
+            TypeError: an argument is not a tensor of floating-point numbers.
+            ValueError: a shape is wrong or a value is not finite. The layer is unchanged after either.
 
         Example:
             >>> import torch
@@ -182,14 +187,19 @@ class IsoBN(nn.Module):
             >>> bool((layer.scale > 0).all())
             True
         """
+        converted = []
         for name, given, kept in (("cov", cov, self.running_cov), ("std", std, self.running_std)):
+            if not isinstance(given, Tensor) or not given.is_floating_point() or given.layout is not torch.strided:
+                got = f"{given.dtype}, {given.layout}" if isinstance(given, Tensor) else type(given).__name__
+                raise TypeError(f"{name} must be a dense torch.Tensor of floating-point numbers, got {got}")
             if given.shape != kept.shape:
                 raise ValueError(f"{name} must have shape {tuple(kept.shape)}, got {tuple(given.shape)}")
-            if not given.isfinite().all():
-                raise ValueError(f"{name} must be finite, got NaN or Inf: these statistics are already lost")
-        self.running_cov.copy_(cov)
-        self.running_std.copy_(std)
-        self.refresh_scale()
+            converted.append(given.detach().to(kept).contiguous())
+            if not converted[-1].isfinite().all():
+                raise ValueError(f"{name} must be finite in {kept.dtype}, got NaN or Inf: these statistics are lost")
+        scale = self._scale_of(*converted)
+        for kept, new in zip((self.running_cov, self.running_std, self.scale), (*converted, scale), strict=True):
+            kept.copy_(new)
 
     def forward(self, x: Tensor) -> Tensor:
         return isobn(

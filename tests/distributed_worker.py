@@ -46,6 +46,8 @@ from isobn_kernels.state import Options
 from isobn_kernels.state import State as Bundle
 
 D = 12
+# Inductor's cache does not know when the schema of an operator changes.
+torch.compiler.config.force_disable_caches = True
 SECONDS = 1800  # that a rank waits for another before it gives up: a hang is an error, a busy machine is not
 CHECKS = {}
 
@@ -289,6 +291,22 @@ def gradient_through_statistics():
                 alone.check(state, BOUNDS[dtype_name(dtype)], **found)
                 assert dx.dtype == dtype
                 assert_same_everywhere(state)
+
+
+@check(2, 4)
+def gradient_through_statistics_of_one_row_a_rank():
+    """Correlations of 1 to rounding, whose gradient is 0 on either side of the clamp."""
+    for sizes in ([1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]):
+        sizes = sizes[: world()]
+        for options in ({"bias_correction": True}, {"momentum": 1.0}):
+            state, truth = fresh(D), fresh(D).oracle()
+            x, dout = batch(sum(sizes), D), upstream(sum(sizes), D)
+            rows = mine(x, sizes).requires_grad_()
+            out = train(rows, state, stop_gradient=False, **options)
+            (dx,) = torch.autograd.grad(out, rows, mine(dout, sizes))
+            expected = oracle.gradient(to_numpy(x), to_numpy(dout), truth, **options)
+            error = relative(to_numpy(concatenated(dx)), expected, axis=0)
+            assert error <= BOUNDS["float32"]["dx through statistics"], (sizes, options, error)
 
 
 @check(1, 2)
@@ -742,6 +760,24 @@ def compiled():
                 assert same_bits(p.grad, q.grad), name
         assert_same_state(state_of(compiled[2]), state_of(eager[2]))
         assert int(compiled[2].num_batches_tracked) == 3
+        assert_same_everywhere(state_of(compiled[2]))
+
+
+@check(2)
+def compiled_by_inductor_with_an_empty_rank():
+    """The collectives of a rank without rows stay in its graph: its results are empty, and nobody reads them."""
+    for options in ({}, {"stop_gradient": False}):
+        eager, compiled = (IsoBN.convert_sync_isobn(model(**options)) for _ in range(2))
+        torch._dynamo.reset()
+        run = torch.compile(compiled, fullgraph=True, dynamic=False)
+        for step, sizes in enumerate(([5, 0], [0, 5], [0, 0], [5, 0])):
+            inputs = mine(batch(sum(sizes), 8, seed=step), sizes)
+            for m in (eager, run):
+                m.zero_grad()
+                m(inputs).square().sum().backward()
+            assert_equal_models(compiled, eager, 1e-6)
+            for (name, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=name: f"{n}: {m}")
         assert_same_everywhere(state_of(compiled[2]))
 
 

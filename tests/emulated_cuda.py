@@ -5,77 +5,48 @@ sources, in ``build/`` under the repository.
 """
 
 import ctypes
-import fcntl
 import hashlib
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
-import sysconfig
 import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "csrc/cuda/cuda.cu", ROOT / "csrc/cuda/bindings.cpp", ROOT / "tests/emulation/emulation.cpp"]
+import building
+from building import ROOT
+
+FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-march=native"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
+NAMES = {"NVCC": "none", "TARGETS": "emulation", "BUILT": "for tests", "COMMIT": "unknown"}
+SOURCES = ["csrc/cuda/cuda.cu", "csrc/cuda/bindings.cpp", "tests/emulation/emulation.cpp"]
 BUILT_FROM = [
-    *(path for folder in ("csrc/cuda", "tests/emulation") for path in sorted((ROOT / folder).iterdir())),
-    ROOT / "csrc/formulas.h",
-    Path(__file__),
+    *(
+        path.relative_to(ROOT)
+        for folder in ("csrc", "tests/emulation")
+        for path in sorted((ROOT / folder).rglob("*.*"))
+    ),
+    "tests/building.py",
+    "tests/emulated_cuda.py",
 ]
 SELECTED = os.environ.get("ISOBN_TEST_CUDA") == "emulated"
-FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-march=native"]
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-NAMES = {"NVCC": "none", "TARGETS": "emulation", "BUILT": "for tests", "COMMIT": "unknown"}
 
 
 def missing():
     """What this machine lacks to build it, in words, or None."""
-    if shutil.which("g++") is None:
-        return "cuda-emulated: g++ is not installed"
-    if importlib.util.find_spec("pybind11") is None:
-        return "cuda-emulated: pybind11 is not installed"
-    return None
+    reason = building.missing()
+    return reason and f"cuda-emulated: {reason}"
 
 
 def build(sanitize=False, sources=ROOT, folder=None):
-    """The path of the extension, built from ``sources`` unless that was done before."""
-    import pybind11
-
-    flags = FLAGS + (SANITIZE if sanitize else [])
-    digest = hashlib.sha256(repr((flags, sys.version, pybind11.__version__)).encode())
-    for path in BUILT_FROM:
-        digest.update((sources / path.relative_to(ROOT)).read_bytes())
-    folder = folder or ROOT / "build"
-    target = folder / f"emulated-{digest.hexdigest()[:16]}" / ("_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            objects, running = [], []
-            common = ["g++", *flags, "-c", "-Wall", "-Wno-unknown-pragmas"]
-            common += [f'-DISOBN_{key}="{value}"' for key, value in NAMES.items()]
-            for path in (sources / "tests/emulation", pybind11.get_include(), sysconfig.get_path("include")):
-                common += ["-isystem" if "include" in str(path) else "-I", str(path)]
-            for source in SOURCES:
-                source = sources / source.relative_to(ROOT)
-                objects.append(str(target.parent / f"{source.stem}.o"))
-                running.append(subprocess.Popen([*common, "-x", "c++", str(source), "-o", objects[-1]]))
-            if sum(process.wait() != 0 for process in running):
-                raise RuntimeError("the emulated CUDA kernels do not compile; the compiler's words are above")
-            part = target.with_suffix(".part")
-            subprocess.run(["g++", *flags, "-shared", *objects, "-o", str(part)], check=True)
-            part.rename(target)
-    return target
+    """The path of the extension, built from a copy of the repository unless that was done before."""
+    flags = FLAGS + [f'-DISOBN_{key}="{value}"' for key, value in NAMES.items()]
+    flags += [f"-I{sources / 'tests/emulation'}", *(building.SANITIZE if sanitize else [])]
+    return building.build("_cuda", dict.fromkeys(SOURCES, ()), flags, BUILT_FROM, sources, folder)
 
 
 def load(path):
     """The module, and the emulator's own functions."""
     name = f"emulated_{hashlib.sha256(str(path).encode()).hexdigest()}._cuda"  # pybind11 keeps modules by their names
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = building.load(path, name)
     emulator = ctypes.CDLL(str(path))
     emulator.isobn_emulation_device.argtypes = [*[ctypes.c_int] * 3, *[ctypes.c_size_t] * 2]
     return module, emulator

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import building
 import emulated_cuda
 import numpy as np
 import oracle
@@ -261,8 +262,8 @@ CODE = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 
 def test_addresses_and_arithmetic_are_sound(tmp_path):
     """In both orders, by AddressSanitizer and UndefinedBehaviorSanitizer, and right by the float64 oracle."""
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute():
+    sanitizer = building.address_sanitizer()
+    if sanitizer is None:
         pytest.skip("g++ has no AddressSanitizer: libasan is not installed")
     given, expected = {}, {}
     for N, D, dtype, layout, bias_correction, whole in SANITIZED:
@@ -277,7 +278,7 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
             *(sys.executable, str(ROOT / "tests/sanitized.py"), str(emulated_cuda.build(sanitize=True))),
             *(str(tmp_path / "cases.npz"), str(tmp_path / "results.npz")),
         ],
-        env={**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"},
+        env={**os.environ, **sanitizer},
         capture_output=True,
         text=True,
         check=False,
@@ -321,7 +322,8 @@ def test_a_missing_barrier_is_seen(tmp_path, name):
     sources = tmp_path / "sources"
     for folder in ("csrc", "tests/emulation"):
         shutil.copytree(ROOT / folder, sources / folder)
-    shutil.copy(ROOT / "tests/emulated_cuda.py", sources / "tests")
+    for file in ("building.py", "emulated_cuda.py"):
+        shutil.copy(ROOT / "tests" / file, sources / "tests")
     kernels = sources / "csrc/cuda/kernels.cuh"
     text, (barrier, instead) = kernels.read_text(), BARRIERS[name]
     assert text.count(barrier) == 1

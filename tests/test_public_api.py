@@ -108,6 +108,7 @@ def test_environment_variable_replaces_auto_and_nothing_else():
     code = (
         "import torch, isobn_kernels\n"
         "from isobn_kernels import backends\n"
+        "from isobn_kernels.state import Where\n"
         "for name in ('auto', *isobn_kernels.available_backends()):\n"
         "    print(name, backends.select(Where(name), torch.ones(2, 3)).NAME)"
     )
@@ -117,7 +118,12 @@ def test_environment_variable_replaces_auto_and_nothing_else():
 
 @pytest.mark.parametrize("value", ["", "none of ours"])
 def test_environment_variable_that_cannot_be_followed_changes_nothing(value):
-    code = "import torch; from isobn_kernels import backends; from isobn_kernels.state import Where; print(backends.select(Where('auto'), torch.ones(2, 3)).NAME)"
+    code = (
+        "import torch\n"
+        "from isobn_kernels import backends\n"
+        "from isobn_kernels.state import Where\n"
+        "print(backends.select(Where('auto'), torch.ones(2, 3)).NAME)"
+    )
     assert python(code, ISOBN_BACKEND=value) == available_backends()[0]
 
 
