@@ -299,14 +299,13 @@ def gradient_through_statistics_of_one_row_a_rank():
     for sizes in ([1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]):
         sizes = sizes[: world()]
         for options in ({"bias_correction": True}, {"momentum": 1.0}):
-            state, truth = fresh(D), fresh(D).oracle()
+            state, alone = fresh(D), Alone(fresh(D))
             x, dout = batch(sum(sizes), D), upstream(sum(sizes), D)
             rows = mine(x, sizes).requires_grad_()
             out = train(rows, state, stop_gradient=False, **options)
             (dx,) = torch.autograd.grad(out, rows, mine(dout, sizes))
-            expected = oracle.gradient(to_numpy(x), to_numpy(dout), truth, **options)
-            error = relative(to_numpy(concatenated(dx)), expected, axis=0)
-            assert error <= BOUNDS["float32"]["dx through statistics"], (sizes, options, error)
+            alone.train(x, dout, **options)
+            alone.check(state, BOUNDS["float32"], **{"dx through statistics": concatenated(dx)})
 
 
 @check(1, 2)
@@ -765,19 +764,27 @@ def compiled():
 
 @check(2)
 def compiled_by_inductor_with_an_empty_rank():
-    """The collectives of a rank without rows stay in its graph: its results are empty, and nobody reads them."""
+    """The collectives of a rank without rows stay in its graph: its results are empty, and nobody reads them.
+
+    Compiled and eager code round differently: the sum of the ranks' gradients is compared with the oracle's.
+    """
+
+    def gradients(m):
+        return [torch.stack(everyone(p.grad)).sum(0) for p in m.parameters()]
+
     for options in ({}, {"stop_gradient": False}):
         eager, compiled = (IsoBN.convert_sync_isobn(model(**options)) for _ in range(2))
+        _, exact = models_alone(**options)
         torch._dynamo.reset()
         run = torch.compile(compiled, fullgraph=True, dynamic=False)
         for step, sizes in enumerate(([5, 0], [0, 5], [0, 0], [5, 0])):
-            inputs = mine(batch(sum(sizes), 8, seed=step), sizes)
-            for m in (eager, run):
+            whole = batch(sum(sizes), 8, seed=step)
+            for m, inputs in ((eager, mine(whole, sizes)), (run, mine(whole, sizes)), (exact, whole.double())):
                 m.zero_grad()
                 m(inputs).square().sum().backward()
-            assert_equal_models(compiled, eager, 1e-6)
-            for (name, p), q in zip(compiled.named_parameters(), eager.parameters(), strict=True):
-                torch.testing.assert_close(p.grad, q.grad, msg=lambda m, n=name: f"{n}: {m}")
+            found, reference = (named(state_of(m[2]), dx=gradients(m)) for m in (compiled, eager))
+            assert_right(found, reference, named(exact[2].state, dx=[p.grad for p in exact.parameters()]))
+            assert int(compiled[2].num_batches_tracked) == exact[2].state.t
         assert_same_everywhere(state_of(compiled[2]))
 
 

@@ -106,8 +106,8 @@ def test_compiled_training_equals_eager(case, stop_gradient, dtype):
 def test_inductor_training_equals_eager(case, stop_gradient):
     """The default compiler, with something to fuse on either side, and an input in another order.
 
-    Its code may round otherwise than eager code, in another way on each processor. What stands around the layer is exact
-    wherever it runs, so that each layer sees the same input and the same gradient, and is held to the oracle on them.
+    Its code may round otherwise than eager code, in another way on each processor. What stands around the layer here is
+    exact wherever it runs: each layer sees the same input and the same gradient, and is held to the oracle on them.
     """
     compiled = IsoBN(7, backend=case.backend, device=case.device, stop_gradient=stop_gradient)
     eager = IsoBN(7, backend="reference", device=case.device, stop_gradient=stop_gradient)

@@ -396,7 +396,7 @@ class Judge:
             return [] if any(same) else ["dx is not finite in other places"]
         found = []
         size = self.size_of_terms(open | unclear)
-        units = len(self.x) + 32  # sums over N rows, and some 32 roundings before and after
+        units = sum(self.x.shape) + 32  # sums over N rows and over D features, and some 32 roundings beside
         for truth in truths:
             value, true = self.representable(dx, truth)
             error, largest = np.abs(value - true).max(0), np.abs(true).max(0)
