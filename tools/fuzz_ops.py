@@ -4,13 +4,16 @@
 
 Each case is drawn from its seed and number alone. It draws a batch (dtype, shape, memory layout, magnitude, mean,
 constant, repeated, overflowing, NaN and Inf features), a state, the options, the way to call, and runs it on each
-backend. What a result may differ from the oracle is the rule of tests/tolerance.py. A failure prints one line with the
+backend. How far a result may be from the oracle is the rule of tests/tolerance.py. A failure prints one line with the
 command that repeats the case. At the end the calls of each kind are counted. The exit status is 1 if any failed.
+
+``TRITON_INTERPRET=1`` adds the Triton kernels, ``ISOBN_TEST_CUDA=emulated`` the CUDA kernels, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
@@ -26,7 +29,7 @@ from isobn_kernels import IsoBN, available_backends, backends, isobn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import oracle
-from helpers import State, fresh, same_bits, state_dtype, to_numpy
+from helpers import State, fresh, round_to_bfloat16_when_interpreting, same_bits, state_dtype, to_numpy
 from tolerance import SLACK, errors, named
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -488,6 +491,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--backend", nargs="+", default=available_backends(), help="default: all that can run here")
     args = parser.parse_args(words)
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        round_to_bfloat16_when_interpreting()
     numbers = range(args.cases) if args.case is None else [args.case]
     calls: Counter[str] = Counter()
     notes: Counter[str] = Counter()
