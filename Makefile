@@ -22,10 +22,12 @@ LIMITS_default = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE
 # among the other tests: the interpreter compiles nothing.
 PYTEST = $(LIMITS_$(CAPABILITY)) $(BIN)/python -m pytest --numprocesses auto --durations 10
 TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton or traffic" $(addprefix tests/test_, \
-	$(addsuffix .py, conformance direct_path edge_cases gradients layouts module op properties traffic triton))
+	$(addsuffix .py, conformance direct_path edge_cases generic_module gradients layouts module op properties traffic \
+	triton))
 # The CUDA kernels on an emulator, which is built of tests/emulation once.
 TEST_CUDA = ISOBN_TEST_CUDA=emulated $(PYTEST) -k cuda $(addprefix tests/test_, \
-	$(addsuffix .py, conformance cuda determinism direct_path edge_cases errors gradients layouts module op properties))
+	$(addsuffix .py, conformance cuda determinism direct_path edge_cases errors generic_module gradients layouts module \
+	op properties))
 
 .PHONY: demo test test-all lint bench clean
 .DELETE_ON_ERROR:
