@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def column_expanded(t: torch.Tensor) -> torch.Tensor:
     return t[..., :1].expand(t.shape)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "contiguous": torch.clone,
     "transposed": transposed,
     "every second column": every_second_column,
@@ -132,9 +132,8 @@ class Drawer:
             "bias_correction": self.chance(0.35),
         }
         self.distribution(D, dtype)
-        x = self.plant(self.rows(N), dtype)
-        dout = rng.standard_normal((N, D)) * 10 ** self.between(-3, 3)
-        x, dout = torch.tensor(x).to(dtype), torch.tensor(dout).to(dtype)
+        x = torch.tensor(self.plant(self.rows(N), dtype)).to(dtype)
+        dout = torch.tensor(rng.standard_normal((N, D)) * 10 ** self.between(-3, 3)).to(dtype)
         state = self.state(D, dtype, options)
         if self.overflowing.any():
             dout[:, torch.tensor(self.overflowing)] = 0  # with x beyond 1e19, dout * x would overflow as well
@@ -245,7 +244,7 @@ def run(case: Case, backend: str) -> Result:
     training, through = case.mode not in ("stored scale", "computed scale"), case.mode == "through statistics"
     if case.entry == "module":
         options = {**case.options, "stop_gradient": not through}
-        layer = IsoBN(D, backend=backend, **options).train(training)  # type: ignore[arg-type]
+        layer = IsoBN(D, backend=backend, **options).train(training)
         if state.running_cov.dtype is FP64:
             layer.double()
         layer.load_state_dict(state.tensors)
@@ -383,11 +382,12 @@ class Judge:
         return found
 
     def faults_of_gradient(self, result: Result, is_reference: bool) -> list[str]:
-        dx, skipped = to_numpy(result.dx), ~self.seen  # type: ignore[arg-type]
+        assert result.dx is not None
+        dx, skipped = to_numpy(result.dx), ~self.seen
         state, (C, sigma) = result.state, map(to_numpy, (result.state.running_cov, result.state.running_std))
         if skipped.any():
             dout = self.case.dout.reshape(self.rows.shape)
-            if not same_values(result.dx[:, skipped], (dout * state.scale).to(self.dtype)[:, skipped]):  # type: ignore
+            if not same_values(result.dx[:, skipped], (dout * state.scale).to(self.dtype)[:, skipped]):
                 return ["dx of a skipped feature is not dout * scale"]
         # A gradient passes where |R_ij| < 1, with R of the updated statistics. It is computed from them with some four
         # roundings: within as many units of 1 the backend decides, once for both (i, j) and (j, i).
