@@ -4,20 +4,30 @@
 #   make bench     the benchmarks behind the README's figures; python -m benchmarks readme writes them there
 # TORCH chooses the build to install where the environment has none (the default is 2.13.0),
 # PYTHON the interpreter: make test PYTHON=python3.12 TORCH=torch==2.12.0
+# CAPABILITY=avx2 or CAPABILITY=default runs the tests as on a processor without AVX-512, or without AVX2.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# What PyTorch and its compiler, oneDNN, MKL, NumPy and its OpenBLAS, and our kernels follow.
+AVX512 = X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR
+LIMITS_avx2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	OPENBLAS_CORETYPE=Haswell NPY_DISABLE_CPU_FEATURES="$(AVX512)" ISOBN_CPU_ISA=avx2
+LIMITS_default = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	OPENBLAS_CORETYPE=Nehalem NPY_DISABLE_CPU_FEATURES="X86_V3 AVX2 FMA3 $(AVX512)" ISOBN_CPU_ISA=baseline
+
 # The Triton kernels in Triton's interpreter, on a process per core like the rest. What they compile to for five GPUs is
 # among the other tests: the interpreter compiles nothing.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --durations 10
+PYTEST = $(LIMITS_$(CAPABILITY)) $(BIN)/python -m pytest --numprocesses auto --durations 10
 TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton or traffic" $(addprefix tests/test_, \
-	$(addsuffix .py, conformance direct_path edge_cases gradients layouts module op properties traffic triton))
+	$(addsuffix .py, conformance direct_path edge_cases generic_module gradients layouts module op properties traffic \
+	triton))
 # The CUDA kernels on an emulator, which is built of tests/emulation once.
 TEST_CUDA = ISOBN_TEST_CUDA=emulated $(PYTEST) -k cuda $(addprefix tests/test_, \
-	$(addsuffix .py, conformance cuda determinism direct_path edge_cases errors gradients layouts module op properties))
+	$(addsuffix .py, conformance cuda determinism direct_path edge_cases errors generic_module gradients layouts module \
+	op properties))
 
 .PHONY: demo test test-all lint bench clean
 .DELETE_ON_ERROR:

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from cases import CASES, REFERENCE, skip_unless_available
+from helpers import round_to_bfloat16_when_interpreting
 
 try:  # a bare GPU machine runs the other tests without it
     import hypothesis
@@ -24,24 +25,6 @@ else:
 
 # Inductor's cache does not know when the schema of an operator changes.
 torch.compiler.config.force_disable_caches = True
-
-
-def round_to_bfloat16_when_interpreting():
-    """Triton's interpreter cuts float32 off at 16 bits where every GPU rounds to the nearest bfloat16, ties to even."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    as_it_is = InterpreterBuilder.cast_impl
-
-    def cast(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-            return as_it_is(self, src, dst_type)
-        bits = np.ascontiguousarray(src.data).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return TensorHandle(np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16), dst_type.scalar)
-
-    InterpreterBuilder.cast_impl = cast
 
 
 # On a GPU, `poisoned_memory` below makes PyTorch refuse every matrix product unless this is set; read at the first one.

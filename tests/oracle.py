@@ -38,15 +38,21 @@ def train_step(x, state, momentum=0.05, eps=1e-3, beta=0.5, bias_correction=Fals
         y = shifted - shifted.mean(axis=0)  # (1)
         s = np.sqrt((y * y).mean(axis=0))  # (2)
         B = y.T @ y / N  # (3)
-    seen = np.isfinite(s) & (s * s <= largest)
+    updated = seen(x, largest)
     C, sigma = state.C.copy(), state.sigma.copy()
-    both = np.outer(seen, seen)
+    both = np.outer(updated, updated)
     C[both] = (1 - momentum) * state.C[both] + momentum * B[both]  # (4)
-    sigma[seen] = (1 - momentum) * state.sigma[seen] + momentum * s[seen]
+    sigma[updated] = (1 - momentum) * state.sigma[updated] + momentum * s[updated]
     t = state.t + 1
     scale = compute_scale(C, sigma, t, momentum, eps, beta, bias_correction)
     with np.errstate(invalid="ignore"):
         return x * scale, State(C, sigma, scale, t)  # (10)
+
+
+def seen(x, largest=np.inf):
+    """(D,): the features whose variance is finite. The others are skipped."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.square(x - x[0] - (x - x[0]).mean(0)).mean(0) <= largest
 
 
 def compute_scale(C, sigma, t=0, momentum=0.05, eps=1e-3, beta=0.5, bias_correction=False):
@@ -73,8 +79,11 @@ def correction(t, momentum, bias_correction):
     return w if w != 0 else 1.0
 
 
-def gradient(x, dout, state, momentum=0.05, eps=1e-3, beta=0.5, bias_correction=False, largest=np.inf):
-    """d(sum(out * dout)) / dx through the statistics, by autograd. ``state`` is the one before the step."""
+def gradient(x, dout, state, momentum=0.05, eps=1e-3, beta=0.5, bias_correction=False, largest=np.inf, open=None):
+    """d(sum(out * dout)) / dx through the statistics, by autograd. ``state`` is the one before the step.
+
+    ``open`` (D, D), symmetric: the correlations that pass a gradient, where |R_ij| < 1 is not to decide it.
+    """
     x = torch.tensor(np.asarray(x, dtype=np.float64), requires_grad=True)
     dout = torch.tensor(np.asarray(dout, dtype=np.float64))
     C, sigma = torch.tensor(state.C), torch.tensor(state.sigma)
@@ -95,10 +104,11 @@ def gradient(x, dout, state, momentum=0.05, eps=1e-3, beta=0.5, bias_correction=
     C = torch.where(torch.outer(seen, seen), (1 - momentum) * C + momentum * (y.T @ y) / x.shape[0], C) / w
     sigma = torch.where(seen, (1 - momentum) * sigma + momentum * s, sigma) / w
 
-    # No gradient at |R| >= 1: there R is replaced by its sign, a constant.
+    # No gradient at |R| >= 1: there R is a constant, its sign.
     known = torch.outer(sigma > 0, sigma > 0)
     R = torch.where(known, C / torch.where(known, torch.outer(sigma, sigma), 1.0), 0.0)
-    R = torch.where(R.abs() < 1, R, R.detach().sign())
+    open = R.abs() < 1 if open is None else torch.tensor(open)
+    R = torch.where(open, R, R.detach().clamp(-1, 1))
     power = (R.square().mean(1) * sigma + eps) ** -beta
     E = C.diagonal().sum()
     E_prime = (C.diagonal() * power.square()).sum()
@@ -106,6 +116,37 @@ def gradient(x, dout, state, momentum=0.05, eps=1e-3, beta=0.5, bias_correction=
 
     (x * scale * dout).sum().backward()
     return x.grad.numpy()
+
+
+class Layer(torch.nn.Module):
+    """The operation as a layer in float64, to stand where IsoBN stands in a net; its gradient is that of `gradient`."""
+
+    def __init__(self, D, stop_gradient=True, state=None, **options):
+        super().__init__()
+        self.state, self.stop_gradient, self.options = state or fresh_state(D), stop_gradient, options
+
+    def forward(self, x):
+        if not self.training:
+            return x * torch.tensor(self.state.scale)
+        before = self.state
+        _, self.state = train_step(x.detach().numpy(), before, **self.options)
+        return _Step.apply(x, self.state.scale, None if self.stop_gradient else (before, self.options))
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, through):
+        ctx.saved = x.detach().numpy(), scale, through
+        return x * torch.tensor(scale)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, scale, through = ctx.saved
+        if through is None:
+            return dout * torch.tensor(scale), None, None
+        before, options = through
+        with torch.enable_grad():
+            return torch.tensor(gradient(x, dout.detach().numpy(), before, **options)), None, None
 
 
 def clamp_margin(x, state, momentum=0.05, bias_correction=False, **_):

@@ -59,6 +59,7 @@ def test_the_baseline_and_the_yardstick_equal_the_oracle(formula):
         found = {"out": providers.published(x, cov, std), "cov": cov, "std": std}
         (found["grad"],) = torch.autograd.grad(found["out"], x, dout.double())
     for name, expected in (("out", out), ("grad", grad), ("cov", C), ("std", sigma)):
+        # Both in float64. Sums of N and D terms are off by N + D units of 1.1e-16; the rest is room for the powers.
         torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-14)
 
 
@@ -271,7 +272,7 @@ def test_the_grid_of_the_cpu():
 
 def run(*command, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_run_plot_and_readme(tmp_path):
@@ -602,6 +603,7 @@ def test_the_yardstick_of_candidates_equals_the_oracle(stop_gradient):
     of_constant_scale = torch.tensor(to_numpy(dout) * after.scale)
     assert torch.allclose(found["grad"], of_constant_scale, rtol=1e-12) == stop_gradient
     for name, value in expected.items():
+        # Both in float64, as above.
         torch.testing.assert_close(found[name], torch.tensor(value), rtol=1e-12, atol=1e-14)
     assert start.cov.dtype == torch.float32
     assert start.batches == 0

@@ -21,7 +21,7 @@ from helpers import (
     upstream,
     warm,
 )
-from tolerance import BOUNDS, SLACK, covariance_error, relative
+from tolerance import BOUNDS, SLACK, errors, named
 
 fp16, bf16, fp32, fp64 = DTYPES
 
@@ -58,6 +58,11 @@ class Scenario(NamedTuple):
         trained = self.trained or self.N < 2 or self.momentum == 0
         return (warm if trained else fresh)(self.D, self.dtype)
 
+    @property
+    def gradient(self):
+        """Its measure."""
+        return "dx" if self.stop_gradient else "dx through statistics"
+
     def bound(self, step):
         if self.dtype != torch.float32:
             return BOUNDS[dtype_name(self.dtype)]
@@ -90,7 +95,7 @@ def truth(scenario):
             # Where |R| is 1 to rounding, whether the gradient passes depends on rounding: nothing to compare there.
             margin = oracle.clamp_margin(x, before, **scenario.numbers)
             assert margin > 1e-6, f"{scenario}: |R| within {margin} of 1, choose other data"
-        found[step] = {"C": state.C, "sigma": state.sigma, "scale": state.scale, "out": out, "dx": dx}
+        found[step] = named(state, out=out, **{scenario.gradient: dx})
     return found
 
 
@@ -108,42 +113,27 @@ def run(scenario, case):
         assert out.shape == dx.shape == x.shape
         if scenario.N > 1:
             assert_symmetric(state.running_cov)
-        found[step] = {
-            "C": to_numpy(state.running_cov),
-            "sigma": to_numpy(state.running_std),
-            "scale": to_numpy(state.scale),
-            "out": to_numpy(out),
-            "dx": to_numpy(dx),
-        }
+        found[step] = named(state.clone(), out=out, **{scenario.gradient: dx})
     updates = scenario.steps[-1] if scenario.N > 1 else 0
     assert state.num_batches_tracked.item() - scenario.start.num_batches_tracked.item() == updates
     return found
 
 
-def errors(scenario, case):
+def all_errors(scenario, case):
     """{step: {measure: error}}; see tolerance.py."""
-    expected, got, found = truth(scenario), run(scenario, case), {}
-    for step, true in expected.items():
-        value = got[step]
-        found[step] = {
-            "C": covariance_error(value["C"], true["C"]),
-            "sigma": relative(value["sigma"], true["sigma"]),
-            "scale": relative(value["scale"], true["scale"]),
-            "out": relative(value["out"], true["out"], axis=0),
-            "dx" if scenario.stop_gradient else "dx through statistics": relative(value["dx"], true["dx"], axis=0),
-        }
-    return found
+    found = run(scenario, case)
+    return {step: errors(found[step], true) for step, true in truth(scenario).items()}
 
 
 @cache
 def reference_errors(scenario):
-    return errors(scenario, REFERENCE)
+    return all_errors(scenario, REFERENCE)
 
 
 def check(scenario, case):
     """The reference within its bound, any other backend within twice the reference's error plus the slack."""
     reference = reference_errors(scenario)
-    found = reference if case is REFERENCE else errors(scenario, case)
+    found = reference if case is REFERENCE else all_errors(scenario, case)
     slack = SLACK[state_dtype(scenario.dtype)]
     too_large = []
     for step, by_measure in found.items():

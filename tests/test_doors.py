@@ -150,8 +150,8 @@ def sweep(backend):
         call(Arguments(backend))  # what is right is taken
         for name in sorted(names):
             for what, tensor in wrong_tensors(name, getattr(Arguments(backend), name)).items():
-                if what == "None" and door in ("layer", "refresh_scale"):
-                    continue  # no loader takes a buffer away
+                if what in ("None", "a number") and door in ("layer", "refresh_scale"):
+                    continue  # no loader makes something other than a tensor of a buffer
                 given = Arguments(backend)
                 setattr(given, name, tensor)
                 others = {s: getattr(given, s) for s in STATISTICS if s != name}

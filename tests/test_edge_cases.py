@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import oracle
 import pytest
 import torch
@@ -23,20 +22,11 @@ from helpers import (
     upstream,
     warm,
 )
-from tolerance import covariance_error, relative
+from tolerance import BOUNDS, SLACK, scale_rightly, train_rightly
 
 from isobn_kernels import IsoBN, isobn
 
 BOTH_MODES = pytest.mark.parametrize("stop_gradient", [True, False], ids=["default", "through statistics"])
-
-# Bound on a float32 result where a test is about something else than the last digits; see tolerance.BOUNDS.
-CLOSE = 2e-6
-
-
-def assert_matches_oracle(state, expected):
-    assert covariance_error(to_numpy(state.running_cov), expected.C) <= CLOSE
-    assert relative(to_numpy(state.running_std), expected.sigma) <= CLOSE
-    assert relative(to_numpy(state.scale), expected.scale) <= CLOSE
 
 
 # ---- Before any training step ----
@@ -68,16 +58,16 @@ def test_constant_feature(case, N, value):
     for step in range(3):
         x = batch(N, D, step, device=case.device)
         x[:, j] = value
-        out = train(x, state, case, eps=eps, beta=beta)
-        true, expected = oracle.train_step(to_numpy(x), expected)
+        train_rightly(x, state, case, eps=eps, beta=beta)
+        _, expected = oracle.train_step(to_numpy(x), expected)
     assert not state.running_cov[j].any()
     assert not state.running_cov[:, j].any()
     assert state.running_std[j] == 0
-    assert_matches_oracle(state, expected)
-    assert relative(to_numpy(out), true, axis=0) <= CLOSE
 
+    # What the rule allows the scale of any backend.
+    close = 2 * BOUNDS["edge cases"]["scale"] + SLACK[torch.float32]
     t = to_numpy(state.scale)[j] / math.sqrt(expected.C.trace() / _scaled_variance(expected, eps, beta))
-    assert t == pytest.approx(eps**-beta, rel=CLOSE)
+    assert t == pytest.approx(eps**-beta, rel=close)
 
 
 def _scaled_variance(state, eps, beta):
@@ -88,13 +78,10 @@ def _scaled_variance(state, eps, beta):
 def test_feature_that_stops_varying(case):
     """Its statistics decay; nothing else happens."""
     state = warm(7, device=case.device)
-    expected = state.oracle()
     for step in range(20):
         x = batch(17, 7, step, device=case.device)
         x[:, 2] = 0.3
-        train(x, state, case)
-        _, expected = oracle.train_step(to_numpy(x), expected)
-    assert_matches_oracle(state, expected)
+        train_rightly(x, state, case)
 
 
 # ---- E == 0 ----
@@ -152,8 +139,7 @@ def test_one_row_or_none_without_a_stored_scale_uses_the_statistics(case, N):
     state = warm(7, device=case.device)
     x = batch(N, 7, device=case.device)
     out = isobn(x, state.running_cov, state.running_std, training=True, backend=case.backend)
-    scale = oracle.compute_scale(*state.oracle()[:2])
-    assert relative(to_numpy(out), to_numpy(x) * scale, axis=0) <= CLOSE
+    assert same_bits(out, x * scale_rightly(state, case))
 
 
 # ---- NaN and Inf ----
@@ -168,36 +154,29 @@ def test_feature_with_nan_or_inf_is_skipped(case, N, row, value, bad):
     """Row j, column j and sigma_j keep their bits; all else is as the oracle has it, and finite."""
     D = 67
     state = warm(D, device=case.device)
-    before, expected = state.clone(), state.oracle()
+    before = state.clone()
     x = batch(N, D, device=case.device)
     x[row, bad] = value
-    out = train(x, state, case)
-    true, expected = oracle.train_step(to_numpy(x), expected)
+    out, _ = train_rightly(x, state, case)
     for j in bad:
         assert same_bits(state.running_cov[j], before.running_cov[j])
         assert same_bits(state.running_cov[:, j], before.running_cov[:, j])
         assert same_bits(state.running_std[j], before.running_std[j])
     assert_finite(state)
     assert_symmetric(state.running_cov)
-    assert_matches_oracle(state, expected)
-    assert state.num_batches_tracked == expected.t
-
-    good = x.isfinite()
-    assert same_bits(out.isfinite(), good), "only the elements that came in as NaN or Inf may go out so"
+    assert state.num_batches_tracked == before.num_batches_tracked + 1
+    assert same_bits(out.isfinite(), x.isfinite()), "only the elements that came in as NaN or Inf may go out so"
     assert same_bits(out.isnan(), x.isnan())
-    kept, true = to_numpy(torch.where(good, out, 0.0)), np.where(to_numpy(good), true, 0.0)
-    assert relative(kept, true, axis=0) <= CLOSE
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_batch_of_nothing_but_nan_or_inf(case, value):
     state = warm(7, device=case.device)
     before = state.clone()
-    out = train(torch.full((17, 7), value, device=case.device), state, case)
+    out, _ = train_rightly(torch.full((17, 7), value, device=case.device), state, case)
     assert same_bits(out.isnan() if math.isnan(value) else out.isinf(), torch.ones_like(out, dtype=torch.bool))
     assert same_bits(state.running_cov, before.running_cov)
     assert same_bits(state.running_std, before.running_std)
-    assert relative(to_numpy(state.scale), oracle.compute_scale(*before.oracle()[:2])) <= CLOSE
     assert state.num_batches_tracked == before.num_batches_tracked + 1
 
 
@@ -216,14 +195,11 @@ def test_state_stays_finite_whatever_comes_in(case):
 def test_deviation_that_overflows_is_skipped(case):
     """Finite input whose squares are not: ``s_j`` is infinite in float32."""
     state = warm(7, device=case.device)
-    before, expected = state.clone(), state.oracle()
+    before = state.clone()
     x = batch(17, 7, device=case.device)
     x[:, 4] *= 1e25
-    out = train(x, state, case)
-    _, expected = oracle.train_step(to_numpy(x), expected, largest=torch.finfo(torch.float32).max)
+    train_rightly(x, state, case, largest=torch.finfo(torch.float32).max)
     assert same_bits(state.running_cov[4], before.running_cov[4])
-    assert_matches_oracle(state, expected)
-    assert relative(to_numpy(out), to_numpy(x) * expected.scale, axis=0) <= CLOSE
 
 
 def test_differences_that_overflow(case):
@@ -253,12 +229,10 @@ def test_state_and_scale_are_finite_for_any_magnitude(case, magnitude):
 @BOTH_MODES
 def test_saturated_tanh(case, stop_gradient):
     """Mean 0.99, deviation 0.01: relative accuracy of the statistics as for any other batch."""
-    state, expected = fresh(65, device=case.device), oracle.fresh_state(65)
+    state = fresh(65, device=case.device)
     for step in range(5):
         x = torch.tanh(2.6 + 0.5 * batch(33, 65, step, offset=0)).to(case.device)
-        train(x, state, case, stop_gradient=stop_gradient)
-        _, expected = oracle.train_step(to_numpy(x), expected)
-    assert_matches_oracle(state, expected)
+        train_rightly(x, state, case, stop_gradient=stop_gradient)
 
 
 # ---- 16-bit input and what the user set around it ----
@@ -320,10 +294,10 @@ def test_float16_output_may_overflow_when_rounded(case):
 def test_deviation_decayed_to_nothing_with_covariance_left(case, sigma):
     state = warm(7, device=case.device)
     state.running_std[2] = sigma
+    if sigma == 0:
+        scale_rightly(state, case)
     scale = isobn(torch.ones(1, 7, device=case.device), state.running_cov, state.running_std, backend=case.backend)
     assert scale.isfinite().all()
-    if sigma == 0:
-        assert relative(to_numpy(scale[0]), oracle.compute_scale(*state.oracle()[:2])) <= CLOSE
     x = batch(17, 7, device=case.device)
     x[:, 2] = 1.0
     for stop_gradient in (True, False):
@@ -338,21 +312,18 @@ def test_deviation_decayed_to_nothing_with_covariance_left(case, sigma):
 def test_momentum_0_learns_nothing_but_counts(case, bias_correction):
     state = warm(7, device=case.device)
     before = state.clone()
-    train(batch(17, 7, device=case.device), state, case, momentum=0.0, bias_correction=bias_correction)
+    # 1 - (1 - 0)^t is 0: no correction.
+    train_rightly(batch(17, 7, device=case.device), state, case, momentum=0.0, bias_correction=bias_correction)
     assert same_bits(state.running_cov, before.running_cov)
     assert same_bits(state.running_std, before.running_std)
     assert state.num_batches_tracked == before.num_batches_tracked + 1
-    # 1 - (1 - 0)^t is 0: no correction.
-    assert relative(to_numpy(state.scale), oracle.compute_scale(*before.oracle()[:2])) <= CLOSE
 
 
 def test_no_correction_before_the_first_update(case):
     """Statistics loaded by hand, a counter at 0: ``w == 0``, so that they are taken as they are."""
     state = warm(7, device=case.device)
     state.num_batches_tracked.zero_()
-    arguments = {"num_batches_tracked": state.num_batches_tracked, "bias_correction": True, "backend": case.backend}
-    scale = isobn(torch.ones(1, 7, device=case.device), state.running_cov, state.running_std, **arguments)
-    assert relative(to_numpy(scale[0]), oracle.compute_scale(*state.oracle()[:2])) <= CLOSE
+    scale_rightly(state, case, num_batches_tracked=state.num_batches_tracked, bias_correction=True)
 
 
 def test_momentum_1_forgets_everything(case):

@@ -22,7 +22,7 @@ from helpers import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tolerance import BOUNDS, SLACK, covariance_error, relative
+from tolerance import BOUNDS, SLACK, errors, named
 
 from isobn_kernels import backends, isobn
 
@@ -66,34 +66,29 @@ def assume_taken(x, case):
     assume(backends.load(case.backend).unsupported_reason(x.to(case.device)) is None)
 
 
-def errors(x, case, options):
+def errors_of(x, case, options):
     """Of two steps from the initial state; the measures of tolerance.py."""
     state, expected = fresh(x.shape[1], x.dtype, case.device), oracle.fresh_state(x.shape[1])
     for part in (x, x.flip(0) * 0.5):
         out = train(part.to(case.device), state, case, **options)
         true, expected = oracle.train_step(to_numpy(part), expected, **options)
-    return {
-        "C": covariance_error(to_numpy(state.running_cov), expected.C),
-        "sigma": relative(to_numpy(state.running_std), expected.sigma),
-        "scale": relative(to_numpy(state.scale), expected.scale),
-        "out": relative(to_numpy(out), true, axis=0),
-    }
+    return errors(named(state, out=out), named(expected, out=true))
 
 
 @given(x=batches(), options=numbers())
 def test_any_batch_is_as_close_as_the_tolerance_asks(case, x, options):
     assume_taken(x, case)
-    reference = errors(x, REFERENCE, options)
+    reference = errors_of(x, REFERENCE, options)
     if case is not REFERENCE:
         slack = SLACK[state_dtype(x.dtype)]
-        for measure, error in errors(x, case, options).items():
+        for measure, error in errors_of(x, case, options).items():
             assert error <= 2 * reference[measure] + slack, measure
 
 
 @given(x=batches(dtypes=(fp32, fp64)), options=numbers())
 def test_reference_is_within_its_bounds(x, options):
     bounds = BOUNDS["float64" if x.dtype == fp64 else "float32"]
-    for measure, error in errors(x, REFERENCE, options).items():
+    for measure, error in errors_of(x, REFERENCE, options).items():
         assert error <= bounds[measure], measure
 
 
@@ -117,13 +112,14 @@ def test_everything_stays_finite_and_symmetric(case, x, stop_gradient, options):
 
 @given(x=batches(dtypes=(fp32, fp64)))
 def test_deviation_never_exceeds_the_root_of_the_variance(case, x):
-    """``sigma_i^2 <= C_ii``, up to rounding."""
+    """``sigma_i^2 <= C_ii``, up to rounding: twice the error of sigma and once that of C, for any backend."""
     assume_taken(x, case)
     state = fresh(x.shape[1], x.dtype, case.device)
     for part in (x, x * 3, x * 0.1):
         train(part.to(case.device), state, case)
-    variance = state.running_cov.diagonal()
-    assert (state.running_std.square() <= variance * (1 + 1e-5)).all()
+    variance, bounds = state.running_cov.diagonal(), BOUNDS["float64" if x.dtype == fp64 else "float32"]
+    rounding = 2 * (2 * bounds["sigma"] + bounds["C"]) + 3 * SLACK[x.dtype]
+    assert (state.running_std.square() <= variance * (1 + rounding)).all()
 
 
 @given(x=batches(dtypes=(fp64,)), data=st.data())
@@ -135,9 +131,10 @@ def test_order_of_rows_and_features_does_not_matter(case, x, data):
     plain, permuted = (fresh(D, fp64, case.device) for _ in range(2))
     out = train(x.to(case.device), plain, case)
     out_permuted = train(x[rows][:, features].to(case.device), permuted, case)
-    # The centre goes through row 0: with another one first, a mean of 1e4 deviations moves the last digits.
-    torch.testing.assert_close(out_permuted, out[rows][:, features], rtol=1e-9, atol=0)
-    torch.testing.assert_close(permuted.scale, plain.scale[features], rtol=1e-9, atol=0)
+    # Each scale is off by as much as the tolerance allows, and an element of the output by two roundings more.
+    rounding = 2 * (2 * BOUNDS["float64"]["scale"] + SLACK[fp64])
+    torch.testing.assert_close(permuted.scale, plain.scale[features], rtol=rounding, atol=0)
+    torch.testing.assert_close(out_permuted, out[rows][:, features], rtol=rounding + 2 * 2.0**-53, atol=0)
 
 
 @given(x=batches(dtypes=(fp64,)), power=st.integers(-20, 20))
@@ -181,6 +178,6 @@ def options_of(options, state):
 @given(x=batches(max_rows=300, max_features=300), options=numbers())
 def test_any_larger_batch_is_as_close_as_the_tolerance_asks(kernel_case, x, options):
     assume_taken(x, kernel_case)
-    reference, slack = errors(x, REFERENCE, options), SLACK[state_dtype(x.dtype)]
-    for measure, error in errors(x, kernel_case, options).items():
+    reference, slack = errors_of(x, REFERENCE, options), SLACK[state_dtype(x.dtype)]
+    for measure, error in errors_of(x, kernel_case, options).items():
         assert error <= 2 * reference[measure] + slack, measure
