@@ -131,7 +131,8 @@ def through_statistics(g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: 
     gamma = R.square().mean(dim=1)
     u = gamma * sigma + eps
     t = u**-beta
-    E, E_prime = C.diagonal().sum(), (C.diagonal() * t.square()).sum()
+    t_squared = shrinkage_of_variance(t, C)
+    E, E_prime = C.diagonal().sum(), (C.diagonal() * t_squared).sum()
     r = (E / (E_prime + eps)).sqrt()
 
     # Scale is the constant 1 where E == 0: no gradient flows through it.
@@ -145,7 +146,7 @@ def through_statistics(g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: 
 
     # dR_ij + dR_ji, and with it G + G^T: C_ij reaches the loss through gamma_i and through gamma_j.
     dR = torch.where(unclamped.abs() < 1, (2 / D) * (dgamma[:, None] + dgamma) * R, 0.0)
-    G = dR * inv[:, None] * inv + torch.diag(2 * (dE + dE_prime * t.square()))
+    G = dR * inv[:, None] * inv + torch.diag(2 * (dE + dE_prime * t_squared))
     h = du * gamma - (dR * R).sum(dim=1) * inv
 
     # A feature that this batch did not update passes no gradient to the batch.
@@ -161,8 +162,13 @@ def scale_of(C: Tensor, sigma: Tensor, eps: float, beta: float) -> Tensor:
     """(5)-(9) for a symmetric C."""
     gamma = correlation(C, sigma).clamp(-1, 1).square().mean(dim=1)  # (6)
     t = (gamma * sigma + eps) ** -beta  # (7)
-    E, E_prime = C.diagonal().sum(), (C.diagonal() * t.square()).sum()  # (8)
+    E, E_prime = C.diagonal().sum(), (C.diagonal() * shrinkage_of_variance(t, C)).sum()  # (8)
     return torch.where(E == 0, torch.ones_like(t), t * (E / (E_prime + eps)).sqrt())  # (9)
+
+
+def shrinkage_of_variance(t: Tensor, C: Tensor) -> Tensor:
+    """``t^2``, and 0 for a feature without variance: there it may overflow, and Inf * 0 would be NaN."""
+    return torch.where(C.diagonal() == 0, 0.0, t.square())
 
 
 def centre(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(kGradientThreads) gradient(const Gradient p) {
       shared.y[n][lane] = seen ? widen(x[n * p.row_stride + i * p.col_stride]) - x_0 - mean : 0;
     float M = 0;
     if (i < D && j < D) {
-      const float R = correlation(upper(p.C, D, i, j), p.inv[i] / w, inv_j);
+      const float R = symmetric_correlation(upper(p.C, D, i, j) / w, p.inv[i], inv_j);
       const float dR = R < 1 && R > -1 ? pair_gain * (p.dgamma[i] + dgamma_j) * R : 0;
       M = correlation(dR, p.inv[i], inv_j) + (i == j ? p.diagonal[j] : 0);
       dR_R = ::fmaf(dR, R, dR_R);
