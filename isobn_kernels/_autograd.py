@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isobn_kernels import _operators, backends
-from isobn_kernels._torch_internals import disable_dynamo, has_tangent, is_plain, library, register_autograd
+from isobn_kernels._checks import check_tangents
+from isobn_kernels._torch_internals import disable_dynamo, is_plain, library, register_autograd, with_tangents
 from isobn_kernels.state import Options, State, Where
 
 _NO_FORWARD_MODE = (
@@ -92,11 +93,14 @@ def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     """Give the operator called ``name`` the gradient of ``function``."""
 
     def rule(below: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
-        if x is None or not (x.requires_grad or has_tangent(x)) or not torch.is_grad_enabled():
-            return below(x, *rest)  # which refuses None
-        if has_tangent(x):
-            raise NotImplementedError(_NO_FORWARD_MODE)
+        if x is None:
+            return below(x, *rest)  # which refuses it
         state, options, where = _operators.bundled(*rest)
+        check_tangents(state)
+        if with_tangents(x=x):
+            raise NotImplementedError(_NO_FORWARD_MODE)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return below(x, *rest)
 
         def step(x: Tensor, state: State, options: Options, where: Where) -> Any:
             return below(x, *state, *options, *where)

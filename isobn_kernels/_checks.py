@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from isobn_kernels._torch_internals import has_tangent
+from isobn_kernels._torch_internals import with_tangents
 from isobn_kernels.state import Options, State
 
 _STATE_DTYPE = {
@@ -49,6 +49,12 @@ def check_state(state: State, options: Options) -> None:
     if std.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"running_std must be float32 or float64, got {std.dtype}")
     _check_state(state, options, std.dtype, std.device, std.dtype)
+
+
+def check_tangents(state: State) -> None:
+    """Raise if a statistic carries a tangent. For use outside of the operators: PyTorch hides tangents inside."""
+    for name in with_tangents(**state._asdict()):
+        raise ValueError(f"{name} must not carry a forward-mode tangent: training overwrites this statistic")
 
 
 def check_rows(x: Tensor) -> None:
@@ -98,8 +104,6 @@ def _check_state(
             raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a statistic that training overwrites")
-        if has_tangent(tensor):
-            raise ValueError(f"{name} must not carry a forward-mode tangent: training overwrites this statistic")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 

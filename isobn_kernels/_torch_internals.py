@@ -15,12 +15,12 @@ __all__ = [
     "define",
     "disable_dynamo",
     "group_named",
-    "has_tangent",
     "is_plain",
     "is_recomputation",
     "is_transformed",
     "library",
     "register_autograd",
+    "with_tangents",
 ]
 
 
@@ -37,9 +37,11 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` carries a derivative of forward-mode differentiation."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+def with_tangents(**tensors: Tensor | None) -> list[str]:
+    """The names of those that carry a derivative of forward-mode differentiation. Inside an operator none seems to."""
+    if forward_ad._current_level < 0:
+        return []
+    return [name for name, x in tensors.items() if x is not None and forward_ad.unpack_dual(x).tangent is not None]
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from isobn_kernels import _autograd, _operators, backends
-from isobn_kernels._checks import check_arguments
+from isobn_kernels._checks import check_arguments, check_tangents
 from isobn_kernels._torch_internals import is_plain, is_transformed
 from isobn_kernels.backends import across_ranks
 from isobn_kernels.state import Options, State, Where
@@ -87,6 +87,7 @@ def isobn(
     options = Options(momentum, eps, beta, bias_correction)
     backends.check_name(backend)
     check_arguments(x, state, options)
+    check_tangents(state)
     if process_group is not None:
         across_ranks.check_group(process_group)
     if not training:

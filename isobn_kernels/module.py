@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from isobn_kernels import backends
-from isobn_kernels._checks import check_hyperparameters, check_state
+from isobn_kernels._checks import check_hyperparameters, check_state, check_tangents
 from isobn_kernels._torch_internals import disable_dynamo
 from isobn_kernels.backends import across_ranks
 from isobn_kernels.functional import compute_scale, isobn
@@ -178,6 +178,7 @@ class IsoBN(nn.Module):
         state = State(running_cov, running_std, self.scale, self.num_batches_tracked)
         options = Options(self.momentum, self.eps, self.beta, self.bias_correction)
         check_state(state, options)
+        check_tangents(state)
         return compute_scale(state, options, Where(self.backend))
 
     @torch.no_grad()
@@ -211,7 +212,7 @@ class IsoBN(nn.Module):
                 raise ValueError(f"{name} must have shape {tuple(kept.shape)}, got {tuple(given.shape)}")
             converted.append(given.detach().to(kept).contiguous())
             if not converted[-1].isfinite().all():
-                raise ValueError(f"{name} must be finite in {kept.dtype}, got NaN or Inf: these statistics are lost")
+                raise ValueError(f"{name} must be finite, got NaN or Inf in {kept.dtype}: these statistics are lost")
         scale = self._scale_of(*converted)
         for kept, new in zip((self.running_cov, self.running_std, self.scale), (*converted, scale), strict=True):
             kept.copy_(new)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CASES, kernels
 from helpers import batch, fresh, python, train_with_gradient, upstream
+from tolerance import train_rightly
 
 from isobn_kernels import backends
 from isobn_kernels.state import Where
@@ -111,3 +112,16 @@ def test_no_second_pool_of_threads(extension):
 def test_auto_prefers_the_kernels(extension):
     assert backends.select(Where("auto"), torch.ones(2, 3)).NAME == "cpu"
     assert backends.select(Where("auto"), torch.ones(2, 3, device="meta")).NAME == "reference"
+
+
+@pytest.mark.parametrize("isa", KNOWN)
+def test_power_of_a_small_number(extension, isa):
+    """A constant feature has the power eps^-beta. A beta rounded to float32 is off by |log eps| times its rounding."""
+    if isa not in extension.instruction_sets():
+        pytest.skip(f"this processor lacks {isa}")
+    case = next(case for case in CASES if case.isa == isa)
+    x = batch(54, 8)
+    x[:, 3] = 0.7
+    with case.selected():
+        for beta in (0.3, 1.1, 2.1):
+            train_rightly(x, fresh(8), case, eps=1.1e-8, beta=beta, bias_correction=True)

@@ -172,15 +172,13 @@ def sweep(backend):
 def test_every_door_refuses_what_a_kernel_must_not_get(case):
     refused, taken = sweep(case.backend)
     assert not taken
-    assert refused > 600
+    assert refused > 500
 
 
 def test_statistics_that_carry_a_tangent():
     """Their derivative would be lost without a word; batch norm raises too."""
     for name in ("running_cov", "running_std", "scale"):
-        for door in ("isobn in training", "isobn in evaluation", "train_forward", "compute_scale", "refresh_scale"):
-            if name == "scale" and door == "compute_scale":
-                continue
+        for door in ("isobn in training", "isobn in evaluation", "train_forward", "refresh_scale"):
             given = Arguments("auto")
             with forward_ad.dual_level():
                 statistic = getattr(given, name)

@@ -184,7 +184,10 @@ void shrink_panel(int64_t D, int64_t p, double w, const Options& options, const 
   for (int i = 0; i < width(D, p); ++i) {
     const int64_t at = p * P + i;
     ws.gamma[at] = sums[i] / S(D);
-    ws.t[at] = shrinkage(ws.gamma[at], ws.sigma[at], S(options.eps), S(options.beta));
+    // A beta rounded to float32 would show in the power: by |log u| times its rounding.
+    ws.t[at] = options.beta == 0.5
+                   ? shrinkage(ws.gamma[at], ws.sigma[at], S(options.eps), S(0.5))
+                   : S(shrinkage<double>(ws.gamma[at], ws.sigma[at], options.eps, options.beta));
     const double C_ii = ws.diagonal[at] / w, t = ws.t[at];
     E += C_ii;
     E_prime += C_ii * t * t;
