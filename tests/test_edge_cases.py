@@ -336,6 +336,28 @@ def test_momentum_1_forgets_everything(case):
     assert same_bits(states[0].scale, states[1].scale)
 
 
+@pytest.mark.parametrize("eps", [1e-3, 3e-6, 1.1e-8])
+def test_beta_that_float32_does_not_hold(case, eps):
+    """(7) with beta as it is given: rounded to float32 first, the power of a small eps would be off by many units."""
+    state = fresh(7, device=case.device)
+    for beta in (0.5 + 2**-25, 1 + 2**-24, 2 + 2**-23):  # half a unit of float32 above
+        x = batch(17, 7, device=case.device)
+        x[:, 3] = 0.7
+        train_rightly(x, state, case, eps=eps, beta=beta)
+
+
+@BOTH_MODES
+@pytest.mark.parametrize(("eps", "beta"), [(1e-8, 2.5), (1e-20, 1.0), (1e-30, 0.5)])
+def test_a_power_whose_square_overflows(case, eps, beta, stop_gradient):
+    """The limit eps^-beta of a constant feature fits float32. Its square and its derivative do not, and count for 0."""
+    state = fresh(7, device=case.device)
+    x, dout = batch(17, 7, device=case.device), upstream(17, 7, device=case.device)
+    x[:, 3] = 0.7
+    dout[:, 3] = 0
+    train_rightly(x, state, case, dout, eps=eps, beta=beta, stop_gradient=stop_gradient)
+    assert_finite(state)
+
+
 def test_beta_0_scales_all_features_alike(case):
     state = fresh(7, device=case.device)
     train(batch(17, 7, device=case.device), state, case, beta=0.0)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -17,7 +18,7 @@ from helpers import (
     upstream,
     warm,
 )
-from tolerance import assert_right, train_rightly
+from tolerance import assert_right, relative, train_rightly
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -170,6 +171,37 @@ def test_feature_with_nan_or_inf_through_the_statistics(case, value):
     expected = oracle.gradient(to_numpy(x), to_numpy(dout), before)
     assert same_bits(dx[:, 3], dout[:, 3] * state.scale[3])
     assert same_bits(dx.isfinite(), torch.from_numpy(expected).isfinite())
+
+
+def nearly_equal(seed, D=4):
+    """Three rows of features of which two are correlated to 1 but for some units of float32, and the gradient jumps."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, D))
+    x[:, 1] = rng.choice([-1, 1]) * x[:, 0] * rng.uniform(0.5, 2) + 10 ** rng.uniform(-4, -3) * rng.standard_normal(3)
+    return torch.tensor(x, dtype=torch.float32)
+
+
+def test_a_correlation_is_above_1_or_below_it_for_both_features(case):
+    """Whether R_ij is 1 may depend on rounding, and is decided once: the gradients of i and j are of the same side."""
+    seen = 0
+    for seed in range(400):
+        x, dout = nearly_equal(seed), upstream(3, 4, seed)
+        before = oracle.fresh_state(4)
+        _, after = oracle.train_step(to_numpy(x), before, momentum=1.0)
+        below = 1 - np.abs(oracle.correlation(after.C, after.sigma))
+        numbers = {"x": to_numpy(x), "dout": to_numpy(dout), "state": before, "momentum": 1.0}
+        # Of a feature with itself the gradient is 0 on either side.
+        sides = [oracle.gradient(**numbers, open=below > limit) for limit in (1e-6, -1e-6)]
+        jump = relative(sides[0], sides[1], axis=0)
+        if jump < 1e-4:
+            continue
+        seen += 1
+        state = fresh(4, device=case.device)
+        x, dout = x.to(case.device), dout.to(case.device)
+        _, dx = train_with_gradient(x, dout, state, case, stop_gradient=False, momentum=1.0)
+        nearest = min(relative(to_numpy(dx), side, axis=0) for side in sides)
+        assert nearest < 0.1 * jump, f"seed {seed}: {nearest:.1e} from the nearer side, which are {jump:.1e} apart"
+    assert seen > 50
 
 
 # ---- What backward keeps ----
