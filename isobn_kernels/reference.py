@@ -141,7 +141,7 @@ def through_statistics(g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: 
     dE = torch.where(E == 0, 0.0, dr * r / (2 * E))
     dE_prime = -dr * r / (2 * (E_prime + eps))
     dt = g * r + 2 * dE_prime * C.diagonal() * t
-    du = -beta * dt * u ** (-beta - 1)
+    du = torch.where(sigma > 0, -beta * dt * u ** (-beta - 1), 0.0)  # else it overflows, and is multiplied by 0
     dgamma = du * sigma
 
     # dR_ij + dR_ji, and with it G + G^T: C_ij reaches the loss through gamma_i and through gamma_j.
