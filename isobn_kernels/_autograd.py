@@ -34,7 +34,7 @@ class Train(torch.autograd.Function):
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale)
-        ctx.where = where
+        ctx.where = Where(where.backend)  # the product needs no other rank
         return out, scale
 
     @staticmethod

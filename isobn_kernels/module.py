@@ -263,8 +263,11 @@ class IsoBN(nn.Module):
                 stacklevel=2,
             )
         with torch.inference_mode(False):
-            for buffer in half.values():
-                buffer.data = buffer.float()
+            for name, buffer in half.items():
+                if buffer.is_inference():  # which could not be updated in training
+                    self._buffers[name] = buffer.float()
+                else:
+                    buffer.data = buffer.float()
 
     def extra_repr(self) -> str:
         options = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, beta={self.beta}"

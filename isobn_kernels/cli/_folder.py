@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ from isobn_kernels.cli._errors import CommandError
 _MANIFEST = "isobn-manifest.json"
 _LOCK = "isobn-manifest.lock"
 _MADE_BY = "isobn_kernels"
-# What other libraries write while at work, listed once it is whole.
-_SCRATCH = "checkpoint-*"
+# What the Trainer writes while at work, listed once it is whole. A folder of that name elsewhere is the user's.
+_SCRATCH = re.compile(r"runs/[^/]+/checkpoint-\d+/.")
 
 
 class ResultsFolder:
@@ -42,6 +43,7 @@ class ResultsFolder:
         self.identity: dict[str, Any] | None = None  # what the results depend on; None where there are none
         self.notes: dict[str, str] = {}
         self._claimed: list[str] = []
+        self._writing: list[str] = []  # what a process that was killed may have left half done
         # Name of a file and the hashes that it may have: two while it is being replaced.
         self._files: dict[str, list[str]] = {}
         self._lock: FileLock | None = None
@@ -154,9 +156,18 @@ class ResultsFolder:
         place, part, old = (self.path / other for other in (name, _part(name), _old(name)))
         with self._in_words():
             self._refuse_foreign(name)
+            self._writing = [name]
+            self._save()
             _delete(part)
             place.parent.mkdir(parents=True, exist_ok=True)
-            fill(part)
+            try:
+                fill(part)
+            except CommandError:
+                raise
+            except Exception as error:  # of a full disk, libraries tell in exceptions of their own
+                _delete(part)
+                raise CommandError(f"--output {self.path}: {name} cannot be written ({error})") from error
+            self._refuse_foreign(name)  # while this was being written, too
             before = self._listed(name)
             new = {name + file: content_hash(part / file.lstrip("/")) for file in _files_in(part)}
             # Known before it is there: a process that is killed here leaves nothing that looks like someone else's.
@@ -166,10 +177,11 @@ class ResultsFolder:
             if place.is_dir():
                 place.rename(old)
             part.replace(place)
-            _delete(old)
+            self._discard_old(name)
             for file in before:
                 self._files.pop(file)
             self._files |= {file: [content] for file, content in new.items()}
+            self._writing = []
         self._save()
 
     def record(self, name: str) -> None:
@@ -188,15 +200,29 @@ class ResultsFolder:
     def _remove(self, name: str) -> None:
         listed = self._listed(name)
         # What was cut short while it was written has the names of what is whole.
-        scratch = {Path(file).name for file in self._files if fnmatch.fnmatch(file, f"*/{_SCRATCH}/*")}
+        scratch = {Path(file).name for file in self._files if _SCRATCH.match(file)}
         for file in _files_in(self.path / name):
-            if name + file in listed or (_is_scratch(name + file) and Path(file).name in scratch):
-                (self.path / (name + file)).unlink()
+            whole, place = name + file, self.path / (name + file)
+            ours = self._is_ours(whole) if whole in listed else _SCRATCH.match(whole) and place.name in scratch
+            if ours:
+                place.unlink()
         _remove_empty(self.path / name)
-        for other in (_part(name), _old(name)):
-            _delete(self.path / other)
+        _delete(self.path / _part(name))
+        self._discard_old(name)
         for file in listed:
             self._files.pop(file)
+
+    def _discard_old(self, name: str) -> None:
+        """Remove what was replaced: the listed files of it, as a user may have put others there."""
+        old = self.path / _old(name)
+        for file in self._listed(name):
+            (old / file[len(name) + 1 :] if file != name else old).unlink(missing_ok=True)
+        _remove_empty(old)
+
+    def _is_ours(self, file: str) -> bool:
+        """Whether a listed file is as it was written."""
+        place = self.path / file
+        return not place.is_symlink() and content_hash(place) in self._files[file]
 
     def _listed(self, name: str) -> list[str]:
         return [file for file in self._files if file == name or file.startswith(f"{name}/")]
@@ -205,11 +231,10 @@ class ResultsFolder:
         """What is under ``name`` and is not as it was written."""
         found = []
         for file in _files_in(self.path / name):
-            place = self.path / (name + file)
             if name + file not in self._files:
-                if not _is_scratch(name + file):
+                if not _SCRATCH.match(name + file):
                     found.append(f"{name + file} is there and no result of this command")
-            elif place.is_symlink() or content_hash(place) not in self._files[name + file]:
+            elif not self._is_ours(name + file):
                 found.append(f"{name + file} is not as this command wrote it")
         return found
 
@@ -224,15 +249,15 @@ class ResultsFolder:
     def _recover(self) -> None:
         """Undo what a process that was killed had begun."""
         _delete(self.path / _part(_MANIFEST))
-        for name in self._claimed:
+        for name in dict.fromkeys([*self._claimed, *self._writing]):
             if not os.path.lexists(self.path / name) and os.path.lexists(self.path / _old(name)):
                 (self.path / _old(name)).rename(self.path / name)
-            for other in (_part(name), _old(name)):
-                _delete(self.path / other)
+            _delete(self.path / _part(name))
+            self._discard_old(name)
 
     def _read_manifest(self) -> None:
         file = self.path / _MANIFEST
-        self.identity, self.notes, self._claimed, self._files = None, {}, [], {}
+        self.identity, self.notes, self._claimed, self._writing, self._files = None, {}, [], [], {}
         if not os.path.lexists(file):
             return
         try:
@@ -241,9 +266,10 @@ class ResultsFolder:
                 raise ValueError("it is someone else's")
             self.identity, self.notes = dict(manifest["identity"]), dict(manifest["notes"])
             self._claimed = [_inside(name) for name in manifest["claimed"]]
+            self._writing = [_inside(name) for name in manifest["writing"]]
             self._files = {_inside(name): [str(x) for x in hashes] for name, hashes in manifest["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self.identity, self.notes, self._claimed, self._files = None, {}, [], {}
+            self.identity, self.notes, self._claimed, self._writing, self._files = None, {}, [], [], {}
             raise CommandError(
                 f"--output {self.path}: {_MANIFEST}, which lists the results in this folder, cannot be read "
                 f"({type(error).__name__}: {error}): cut short, or no manifest of this command. Nothing was changed. "
@@ -256,6 +282,7 @@ class ResultsFolder:
             "identity": self.identity or {},
             "notes": self.notes,
             "claimed": self._claimed,
+            "writing": self._writing,
             "files": self._files,
         }
         part = self.path / _part(_MANIFEST)
@@ -316,10 +343,6 @@ def _files_in(path: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         found += [f"/{(Path(folder) / name).relative_to(path).as_posix()}" for name in [*files, *links]]
     return sorted(found)
-
-
-def _is_scratch(name: str) -> bool:
-    return any(fnmatch.fnmatch(part, _SCRATCH) for part in Path(name).parts[:-1])
 
 
 def _inside(name: Any) -> str:
