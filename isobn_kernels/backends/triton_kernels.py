@@ -541,7 +541,9 @@ def _feature_gradients(features_ptr, cols, E, E_prime, dr, eps, beta, WIDTH: tl.
     dE = dr * r / (2 * tl.where(varies, E, 1.0))
     dE_prime = -dr * r / (2 * (E_prime + eps))
     dt = tl.where(varies, g, 0.0) * r + 2 * dE_prime * C_ii * t
-    du = -beta * dt * _power(gamma * sigma + eps, -beta - 1)
+    # Of a constant feature both powers may overflow, and are multiplied by 0.
+    du = tl.where(sigma > 0, -beta * dt * _power(gamma * sigma + eps, -beta - 1), 0.0)
+    t = tl.where(sigma > 0, t, 0.0)
     return _reciprocal(sigma), du * sigma, 2 * (dE + dE_prime * t * t), du * gamma
 
 
