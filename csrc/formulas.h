@@ -49,13 +49,6 @@ ISOBN_INLINE T correlation(T c, T inv_i, T inv_j) {
   return r == r ? r : T{};
 }
 
-// (5) for the gradient: the same bits for i, j as for j, i, so that |R_ij| < 1 is decided once for the pair.
-template <class T>
-ISOBN_INLINE T symmetric_correlation(T c, T inv_i, T inv_j) {
-  const T r = c * (inv_i * inv_j);
-  return r == r ? r : T{};
-}
-
 // (7)
 template <class T>
 ISOBN_INLINE T shrinkage(T gamma, T sigma, T eps, T beta) {

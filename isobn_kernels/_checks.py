@@ -104,8 +104,6 @@ def _check_state(
             raise ValueError(f"{name} must be on the device of x, {device}, got {tensor.device}")
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: it is a statistic that training overwrites")
-        if tensor.is_neg():
-            raise ValueError(f"{name} must not be a view of negated numbers: use resolve_neg()")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 

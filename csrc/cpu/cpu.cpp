@@ -358,7 +358,7 @@ void train_backward_as(const Strided& dout, const Strided& x, int64_t N, int64_t
       panel.j0 = p * P;
       panel.wj = width(D, p);
       panel.y = ws.y;
-      panel.inv_w = S(1 / w);
+      panel.row_inv = ws.row_inv;
       panel.inv = ws.inv;
       panel.dgamma = ws.dgamma;
       panel.diag = ws.diag;

@@ -50,7 +50,7 @@ struct GradientPanel {
   int64_t j0;
   int wj;
   const S* y;         // all centred panels
-  S inv_w;            // what the covariance is multiplied by; all that follow are padded to panels
+  const S* row_inv;   // 1 / sigma_i / w, padded to panels, like all that follow
   const S* inv;       // 1 / sigma_i
   const S* dgamma;
   const S* diag;      // dE + dE' t_i^2, twice

@@ -530,12 +530,14 @@ void gradient_rows(const GradientPanel<S>& panel) {
       const int height = int(D - i0 < P ? D - i0 : P);
       for (int i = 0; i < height; ++i) {
         const S* C = panel.C + (i0 + i) * D + j0;
-        const S inv_i = panel.inv[i0 + i], dgamma_i = panel.dgamma[i0 + i];
+        const S row_inv = panel.row_inv[i0 + i], inv_i = panel.inv[i0 + i], dgamma_i = panel.dgamma[i0 + i];
         S row[P];
         for (int j = 0; j < panel.wj; ++j) row[j] = C[j];
         for (int j = panel.wj; j < P; ++j) row[j] = S(0);
         for (int j = 0; j < P; ++j) {
-          const S R = symmetric_correlation(row[j] * panel.inv_w, inv_i, panel.inv[j0 + j]);
+          // In the order of the upper triangle: |R_ij| < 1 is decided once for i and j.
+          const bool above = i0 + i <= j0 + j;
+          const S R = correlation(row[j], above ? row_inv : panel.row_inv[j0 + j], above ? panel.inv[j0 + j] : inv_i);
           const S dR = R < S(1) && R > S(-1) ? panel.pair_gain * (dgamma_i + panel.dgamma[j0 + j]) * R : S(0);
           M[i * P + j] = correlation(dR, inv_i, panel.inv[j0 + j]);
           dR_R[j] += dR * R;

@@ -538,7 +538,7 @@ __global__ void __launch_bounds__(kGradientThreads) backward_features(const Grad
 
 // dx: a block for kRows features j. Tiles of kWarp features i: y_ni, and G_ij + G_ji as it is needed.
 template <class X>
-__global__ void __launch_bounds__(kGradientThreads, 4) gradient(const Gradient p) {
+__global__ void __launch_bounds__(kGradientThreads) gradient(const Gradient p) {
   GradientShared& shared = *reinterpret_cast<GradientShared*>(isobn_shared);
   constexpr int kOutputs = kMaxRows * kRows / kGradientThreads;  // of a thread
   const int64_t D = p.D, j0 = int64_t(blockIdx.x) * kRows;
@@ -547,7 +547,7 @@ __global__ void __launch_bounds__(kGradientThreads, 4) gradient(const Gradient p
   const X* const x = static_cast<const X*>(p.x);
   share_weight(p, &shared.w);
   __syncthreads();
-  const float pair_gain = 2.0f / float(D), gain = p.gain / shared.w;
+  const float w = shared.w, pair_gain = 2.0f / float(D), gain = p.gain / w;
   const float inv_j = j < D ? p.inv[j] : 0, dgamma_j = j < D ? p.dgamma[j] : 0;
 
   float sums[kOutputs] = {}, dR_R = 0;
@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(kGradientThreads, 4) gradient(const Gradient p
       shared.y[n][lane] = seen ? widen(x[n * p.row_stride + i * p.col_stride]) - x_0 - mean : 0;
     float M = 0;
     if (i < D && j < D) {
-      const float R = symmetric_correlation(upper(p.C, D, i, j) / shared.w, p.inv[i], inv_j);
+      const float R = correlation(upper(p.C, D, i, j), p.inv[i] / w, inv_j);
       const float dR = R < 1 && R > -1 ? pair_gain * (p.dgamma[i] + dgamma_j) * R : 0;
       M = correlation(dR, p.inv[i], inv_j) + (i == j ? p.diagonal[j] : 0);
       dR_R = ::fmaf(dR, R, dR_R);

@@ -587,9 +587,7 @@ def gradient(
         inv_i, dgamma_i, _, _ = _feature_gradients(features_ptr, cols_i, E, E_prime, dr, eps, beta, WIDTH)
         inside = (cols_i < D)[:, None] & (cols_j < D)[None, :]
         C = tl.load(cov_ptr + cols_i.to(tl.int64)[:, None] * D + cols_j[None, :], mask=inside, other=0.0)
-        # Symmetric to the bit: |R_ij| < 1 is decided once for i and j.
-        R = C * tl.load(features_ptr + WIDTH + cols_i)[:, None] * (inv_i[:, None] * inv_j[None, :])
-        R = tl.where(R == R, R, 0.0)
+        R = _correlation(C * tl.load(features_ptr + WIDTH + cols_i)[:, None], inv_i, inv_j)
         dR = tl.where(tl.abs(R) < 1, 2.0 / D * (dgamma_i[:, None] + dgamma_j[None, :]) * R, 0.0)
         h -= tl.sum(dR * R, axis=0) * inv_j
         M = _correlation(dR, inv_i, inv_j)
