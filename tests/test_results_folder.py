@@ -268,3 +268,14 @@ def test_differences_name_what_changed(results: Path) -> None:
         "the version of torch was 2.13, now None",
         "the number of processes was None, now 2",
     ]
+
+
+@pytest.mark.parametrize("name", ["model/checkpoint-500/weights.bin", "runs/a/checkpoint-10-mine/weights.bin"])
+def test_a_checkpoint_of_the_user_stays(results: Path, name: str) -> None:
+    """Only what lies in runs/NAME/checkpoint-NUMBER is the Trainer's: training goes on in a saved model, too."""
+    (results / name).parent.mkdir(parents=True)
+    (results / name).write_text("mine")
+    with pytest.raises(CommandError, match="is there and no result"):
+        opened(results).check(NAMES)
+    opened(results).remove(name.split("/checkpoint")[0])
+    assert (results / name).read_text() == "mine"
