@@ -559,9 +559,12 @@ __global__ void __launch_bounds__(kGradientThreads) gradient(const Gradient p) {
       shared.y[n][lane] = seen ? widen(x[n * p.row_stride + i * p.col_stride]) - x_0 - mean : 0;
     float M = 0;
     if (i < D && j < D) {
-      const float R = correlation(upper(p.C, D, i, j), p.inv[i] / w, inv_j);
+      // In the order of the upper triangle: |R_ij| < 1 is decided once for i and j.
+      const bool above = i <= j;
+      const float inv_i = p.inv[i];
+      const float R = correlation(upper(p.C, D, i, j), (above ? inv_i : inv_j) / w, above ? inv_j : inv_i);
       const float dR = R < 1 && R > -1 ? pair_gain * (p.dgamma[i] + dgamma_j) * R : 0;
-      M = correlation(dR, p.inv[i], inv_j) + (i == j ? p.diagonal[j] : 0);
+      M = correlation(dR, inv_i, inv_j) + (i == j ? p.diagonal[j] : 0);
       dR_R = ::fmaf(dR, R, dR_R);
     }
     shared.M[row][lane] = M;

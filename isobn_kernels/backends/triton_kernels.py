@@ -40,8 +40,11 @@ def _reciprocal(sigma):
 
 @triton.jit
 def _correlation(C, inv_i, inv_j):
-    """(5) before the clamp. Inf * 0, where 1/sigma_j := 0 and the first product overflowed, is the 0 that was meant."""
-    r = C * inv_i[:, None] * inv_j[None, :]
+    """(5) before the clamp, of blocks that broadcast.
+
+    Inf * 0, where 1/sigma_j := 0 and the first product overflowed, is the 0 that was meant.
+    """
+    r = C * inv_i * inv_j
     return tl.where(r == r, r, 0.0)
 
 
@@ -166,7 +169,7 @@ def _total(work_ptr, which: tl.constexpr, T: tl.constexpr, T_POW2: tl.constexpr,
 @triton.jit
 def _correlate(C, sigma_i, sigma_j, w, i, j, cols_i, cols_j, work_ptr, T: tl.constexpr, WIDTH: tl.constexpr):
     """(5) on a pair of tiles, its sums of R^2 along rows and columns; on the diagonal also what (7)-(9) need."""
-    R = _clamp(_correlation(C / w, _reciprocal(sigma_i / w), _reciprocal(sigma_j / w)))
+    R = _clamp(_correlation(C / w, _reciprocal(sigma_i / w)[:, None], _reciprocal(sigma_j / w)[None, :]))
     square = R * R
     tl.store(work_ptr + j * WIDTH + cols_i, tl.sum(square, axis=1))
     if i != j:
@@ -587,10 +590,14 @@ def gradient(
         inv_i, dgamma_i, _, _ = _feature_gradients(features_ptr, cols_i, E, E_prime, dr, eps, beta, WIDTH)
         inside = (cols_i < D)[:, None] & (cols_j < D)[None, :]
         C = tl.load(cov_ptr + cols_i.to(tl.int64)[:, None] * D + cols_j[None, :], mask=inside, other=0.0)
-        R = _correlation(C * tl.load(features_ptr + WIDTH + cols_i)[:, None], inv_i, inv_j)
+        inv_row, inv_col = inv_i[:, None], inv_j[None, :]
+        # In the order of the upper triangle: |R_ij| < 1 is decided once for i and j.
+        above = cols_i[:, None] <= cols_j[None, :]
+        C_over_w = C * tl.load(features_ptr + WIDTH + cols_i)[:, None]
+        R = _correlation(C_over_w, tl.where(above, inv_row, inv_col), tl.where(above, inv_col, inv_row))
         dR = tl.where(tl.abs(R) < 1, 2.0 / D * (dgamma_i[:, None] + dgamma_j[None, :]) * R, 0.0)
         h -= tl.sum(dR * R, axis=0) * inv_j
-        M = _correlation(dR, inv_i, inv_j)
+        M = _correlation(dR, inv_row, inv_col)
         M += tl.where(cols_i[:, None] == cols_j[None, :], diagonal_j[None, :], 0.0)
         y_i = _seen_rows(x_ptr, features_ptr, rows, cols_i, N, row_stride, col_stride, D, WIDTH)
         Z += tl.dot(y_i, M, input_precision=PRECISION)
