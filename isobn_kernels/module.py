@@ -169,8 +169,7 @@ class IsoBN(nn.Module):
     @torch.no_grad()
     def refresh_scale(self) -> None:
         """Recompute ``scale`` from the statistics, after these were edited, averaged or loaded by hand."""
-        if any(buffer.dtype in _HALF for buffer in self.buffers()):
-            self._make_float32()
+        self._ensure_float32()
         scale = self._scale_of(self.running_cov, self.running_std)
         self.scale.copy_(scale)
 
@@ -225,28 +224,31 @@ class IsoBN(nn.Module):
             if path and not self._forward_hooks and not self._forward_pre_hooks:
                 return x.tracer.create_proxy("call_module", path, (x,), {})
             function = _record_isobn
-        cov, std, scale = self.running_cov, self.running_std, self.scale
-        if cov.dtype in _HALF or std.dtype in _HALF or scale.dtype in _HALF:
-            self._make_float32()
+        self._ensure_float32()
         return function(
             x,
-            cov,
-            std,
+            self.running_cov,
+            self.running_std,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
             beta=self.beta,
             backend=self.backend,
-            scale=scale,
+            scale=self.scale,
             num_batches_tracked=self.num_batches_tracked,
             bias_correction=self.bias_correction,
             stop_gradient=self.stop_gradient,
             process_group=self.process_group,
         )
 
+    def _ensure_float32(self) -> None:
+        """Make the statistics float32 again where FSDP or a checkpoint has made them half precision."""
+        if self.running_cov.dtype in _HALF or self.running_std.dtype in _HALF or self.scale.dtype in _HALF:
+            self._make_float32()
+
     @disable_dynamo
     def _make_float32(self) -> None:
-        """Take statistics of half precision up again; the tensors stay the same objects, which DDP may hold."""
+        """The tensors stay the same objects, which DDP may hold."""
         half = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype in _HALF}
         for name, buffer in half.items():
             if not buffer.isfinite().all():

@@ -30,8 +30,9 @@ LIMITS = {
     "scale_rows": (80, 4_096),
 }
 
-# The rows of the table and the paths through them.
-SHAPES = [(16, 384), (16, 768), (32, 384), (32, 768), (256, 768)]
+# A whole batch and one in chunks: every kernel is launched. All rows of the table on both paths take minutes.
+BOTH_PATHS = [(32, 768), (256, 768)]
+ALL_ROWS = [(16, 384), (16, 768), (32, 384), (32, 768), (128, 384), (128, 768), (256, 384), (256, 768)]
 
 # In a process of its own: an interpreted session compiles nothing.
 CODE = """
@@ -39,6 +40,8 @@ import dataclasses, json, sys
 from tools import aot
 found = []
 for function, _, _, dtype, launch in aot.launches(json.loads(sys.argv[2])):
+    if str(dtype) not in sys.argv[3:]:
+        continue
     compiled = dataclasses.asdict(aot.compile_launch(launch, sys.argv[1]))
     constants = {key: value for key, value in launch.arguments.items() if key.isupper() and key != "N"}
     shape = {"itemsize": dtype.itemsize, "warps": launch.options.get("num_warps", 4), "function": function}
@@ -81,10 +84,8 @@ def accesses_in_128_bits(kernel):
     }.get(kernel["kernel"], (0, 0))
 
 
-# One test for each target, as compiling takes most of its time.
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_spills_bounded_resources_wide_accesses(target):
-    compiled = run(CODE, target, json.dumps(SHAPES))
+def check(target, shapes, dtypes):
+    compiled = run(CODE, target, json.dumps(shapes), *dtypes)
     assert [kernel for kernel in compiled if kernel["spills"]] == []
     for kernel in compiled:
         registers, shared = LIMITS[kernel["kernel"]]
@@ -95,8 +96,20 @@ def test_no_spills_bounded_resources_wide_accesses(target):
         assert kernel["wide_stores"] >= stores, kernel
     assert {kernel["kernel"] for kernel in compiled} == set(LIMITS)
     assert {(kernel["kernel"], kernel["dtype"]) for kernel in compiled} >= {
-        (name, dtype) for name in ("update_pairs", "gradient") for dtype in DTYPES
+        (name, dtype) for name in ("update_pairs", "gradient") for dtype in dtypes
     }
+
+
+# One test for each target, as compiling takes most of its time.
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_bounded_resources_wide_accesses(target):
+    check(target, BOTH_PATHS, ("torch.float32", "torch.bfloat16"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_bounded_resources_wide_accesses_full_product(target):
+    check(target, ALL_ROWS, DTYPES)
 
 
 def test_number_of_launches():

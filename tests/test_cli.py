@@ -21,7 +21,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, "-W", "ignore", "-c", blocked + code],
         capture_output=True,
         text=True,
-        timeout=120,
         env={"PYTHONPATH": source, "PATH": "/usr/bin:/bin", **environment},
     )
 

@@ -293,7 +293,6 @@ def test_two_processes_equal_one(tmp_path: Path, encoder: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("dev embeddings") == 1
@@ -475,6 +474,14 @@ def test_what_the_folder_holds_is_in_its_table(
     changed = write_rows(tmp_path / "train.jsonl", [{**rows[0], "label": 1 - rows[0]["label"]}, *rows[1:]])
     assert cli.main([*words[:4], str(changed), *words[5:]]) == 2
     assert "--resume: the training rows changed. " in capsys.readouterr().err
+    renamed = []
+    for file in data_files:
+        lines = map(json.loads, file.read_text().splitlines())
+        renamed.append(
+            write_rows(tmp_path / f"renamed-{file.name}", [{**row, "label": row["label"] + 1} for row in lines])
+        )
+    assert cli.main([*words[:4], str(renamed[0]), words[5], str(renamed[1]), *words[7:]]) == 2
+    assert "--resume: the names of the classes changed. " in capsys.readouterr().err
 
     shutil.move(output / "none", tmp_path / "moved")
     assert cli.main([*words, "--seeds", "3"]) == 2

@@ -224,6 +224,11 @@ def test_embedding_of_an_earlier_layer_is_that_of_evaluation() -> None:
         assert not same_bits(module.isobn.scale, scale)
         out.sum().backward()
         torch.testing.assert_close(hidden[layer].grad, (scale / 3).expand(6, 3, D))
+    # FSDP in mixed precision rounds the statistics: they are float32 again, as in an ordinary step.
+    module.isobn.scale.data = module.isobn.scale.half()
+    with pytest.warns(UserWarning, match="float32 again"):
+        module(features(0))
+    assert module.isobn.scale.dtype is torch.float32
     # Where the states of all layers are asked for, but not one of them is put in place of the last: an ordinary step.
     module({**features(2), "token_embeddings": hidden[2] * 1})
     assert module.isobn.num_batches_tracked == 4

@@ -60,11 +60,12 @@ class Data:
 
     @property
     def content(self) -> dict[str, str]:
-        """Hashes of the rows, by what they are."""
-        return {
+        """Hashes of the rows and of the names of the classes, by what they are."""
+        hashes = {
             f"the {name} rows": content_hash(json.dumps(split[column][:]).encode() for column in split.column_names)
             for name, split in (("training", self.train), ("dev", self.dev))
         }
+        return {**hashes, "the names of the classes": content_hash(name.encode() + b"\n" for name in self.classes)}
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """The task's metrics of a `transformers.EvalPrediction`, in the order of ``metrics``."""

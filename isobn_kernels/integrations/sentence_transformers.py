@@ -92,6 +92,7 @@ class IsoBNModule(Module):
         embedding: Tensor = features["sentence_embedding"]
         layer = self.isobn
         if _is_from_earlier_layer(features):
+            layer._ensure_float32()
             embedding = isobn(embedding, layer.running_cov, layer.running_std, backend=layer.backend, scale=layer.scale)
         else:
             embedding = layer(embedding)
@@ -135,5 +136,5 @@ class IsoBNModule(Module):
 
 def _is_from_earlier_layer(features: dict[str, Any]) -> bool:
     """Whether the embedding is that of an earlier layer, which `AdaptiveLayerLoss` puts in place of the last one's."""
-    earlier = features.get("all_layer_embeddings", ())[:-1]
+    earlier = (features.get("all_layer_embeddings") or ())[:-1]
     return any(features.get("token_embeddings") is layer for layer in earlier)
