@@ -3,7 +3,8 @@
 Two clocks, whose figures are never mixed:
 
 * wall: time per call with the host's share included; on CUDA the device is waited for after the last call;
-* device (CUDA only): time on the device per call, from replays of a CUDA graph of many calls. It has never run.
+* device (CUDA only): time on the device per call, from replays of a CUDA graph of many calls, by Triton's function. It
+  has never run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ Key = TypeVar("Key")
 
 MIN_SAMPLE = 5e-3  # seconds
 MIN_ROUNDS = 3
-GRAPH_CALLS = 20  # in a CUDA graph, whose own launch then hardly counts
 _MMAP_THRESHOLD_MAX = 32 << 20  # bytes; of glibc on 64-bit machines
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler has a line to say at each start
@@ -46,28 +46,13 @@ def wall(call: Call) -> Sampler:
 
 
 def device(call: Call) -> Sampler:
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph, stream=side):
-        for _ in range(GRAPH_CALLS):
-            call()
+    from triton.testing import do_bench_cudagraph
 
-    def sample(replays: int) -> float:
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()
-        before.record()
-        for _ in range(replays):
-            graph.replay()
-        after.record()
-        torch.cuda.synchronize()
-        return before.elapsed_time(after) / 1e3 / replays / GRAPH_CALLS
+    def sample() -> float:
+        return do_bench_cudagraph(call, rep=int(MIN_SAMPLE * 1e3), return_mode="median") / 1e3
 
-    replays = repeats(sample(1) * GRAPH_CALLS)
-    return lambda: sample(replays)
+    sample()  # raises here if the call cannot be captured
+    return sample
 
 
 CLOCKS: dict[str, Callable[[Call], Sampler]] = {"wall": wall, "device": device}

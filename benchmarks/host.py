@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from benchmarks import parser_for, results
-from benchmarks.clocks import Call, Quartiles, Sampler, interleaved, quartiles, wall
+from benchmarks.clocks import Call, Sampler, interleaved, quartiles, wall
 from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
 from isobn_kernels import _checks, functional, isobn
 from isobn_kernels.backends import cpu, cuda
@@ -150,28 +150,22 @@ def samplers(shape: Shape, dtype: torch.dtype) -> dict[Entry, Sampler]:
     return {("{}x{}".format(*shape), str(dtype).removeprefix("torch."), *key): each for key, each in found.items()}
 
 
-def measure(rounds: int) -> dict[Entry, Quartiles]:
-    """Microseconds of every entry at every shape. What the stubs replaced is back afterwards."""
-    torch.set_flush_denormal(True)  # what stubs leave unwritten is multiplied, and denormal numbers would be slow
-    try:
-        everything = {key: each for case in CASES for key, each in samplers(*case).items()}
-        samples = interleaved(everything, rounds)
-    finally:
-        torch.set_flush_denormal(False)
-    return {key: quartiles([second * 1e6 for second in seconds]) for key, seconds in samples.items()}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = parser_for("benchmarks host", __doc__)
     parser.add_argument("--rounds", type=int, default=40, help="at least 2 (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     watch = results.Watch()
-    found = measure(args.rounds)
-    lines = [[*entry, "{1:.1f} [{0:.1f}..{2:.1f}]".format(*us)] for entry, us in found.items()]
-    header = ["shape", "dtype", "what", "mode", "microseconds [quartiles]"]
+    torch.set_flush_denormal(True)  # what stubs leave unwritten is multiplied, and denormal numbers would be slow
+    try:
+        samples = interleaved({key: each for case in CASES for key, each in samplers(*case).items()}, args.rounds)
+    finally:
+        torch.set_flush_denormal(False)
+    lines = [["shape", "dtype", "what", "mode", "microseconds [quartiles]"]]
+    for entry, seconds in samples.items():
+        lines.append([*entry, "{1:.1f} [{0:.1f}..{2:.1f}]".format(*quartiles([s * 1e6 for s in seconds]))])
     print("\n".join(f"{key}: {value}" for key, value in results.environment("cpu").items()))
-    print(f"\n{NOTES}\n\n{results.grid([header, *lines])}\n")
+    print(f"\n{NOTES}\n\n{results.grid(lines)}\n")
     for name, reason in missing().items():
         print(f"{name} is not measured: {reason}")
     watch.finish()

@@ -3,10 +3,10 @@
     python -m benchmarks model                  # the shapes of MiniLM-L6, on the CPU
     python -m benchmarks model --device cuda    # the shapes of BERT-base
 
-One encoder, of random weights, with a classifier on its pooler output, trained with AdamW on random tokens. The heads
-differ in the normaliser only and take turns on the same encoder, so that a round times one step of each, in rotating
-order. Steps vary by more than a normaliser takes, so that a round also times forward and backward of each normaliser
-alone: "share" is that over the step without one.
+One encoder, of random weights, with a classifier on its pooler output, trained with AdamW on random tokens. The
+normalisers take turns between the two, so that a round times one step with each, in rotating order. Steps vary by more
+than a normaliser takes, so that a round also times forward and backward of each normaliser alone: "share" is that over
+the step without one.
 
 Of this command only the CPU half has ever run: the CUDA half is unproven.
 
@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from benchmarks import parser_for, results
 from benchmarks.clocks import Call, interleaved, paired_ratio, settle_allocator, wall
 from benchmarks.providers import published
-from benchmarks.run import QUARTILES, in_microseconds
+from benchmarks.run import QUARTILES, RATIOS, in_microseconds
 from isobn_kernels import IsoBN
 
 CLASSES = 5
+Layer = Callable[[Tensor], Tensor]
 ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
     "cpu": (
         "MiniLM-L6",
@@ -39,51 +41,40 @@ ENCODERS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-class Published(nn.Module):
-    """The published formula as a layer."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        # Not as published, but after a batch from zero statistics nothing divides by zero here.
-        self.register_buffer("cov", torch.eye(features))
-        self.register_buffer("std", torch.ones(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return published(x, cast(Tensor, self.cov), cast(Tensor, self.std), self.training)
+def published_layer(features: int, device: str) -> Layer:
+    # Not as published, but after a batch from zero statistics nothing divides by zero here.
+    cov, std = torch.eye(features, device=device), torch.ones(features, device=device)
+    return lambda x: published(x, cov, std, training=True)
 
 
-NORMALIZERS: dict[str, Callable[[int], nn.Module]] = {
-    "none": lambda features: nn.Identity(),
-    "published": Published,
-    "ours": IsoBN,
+LAYERS: dict[str, Callable[[int, str], Layer]] = {
+    "none": lambda features, device: lambda x: x,
+    "published": published_layer,
+    "ours": lambda features, device: IsoBN(features, device=device),
 }
 
 
 def calls_of(encoder: Any, tokens: Tensor, labels: Tensor) -> dict[str, Call]:
     """A training step with each normaliser, and for each that does something, forward and backward of it alone."""
-    features = encoder.config.hidden_size
-    x = torch.randn(len(tokens), features, device=tokens.device, requires_grad=True)
+    features, device = encoder.config.hidden_size, tokens.device.type
+    x = torch.randn(len(tokens), features, device=device, requires_grad=True)
     dout = torch.randn_like(x)
+    head = nn.Sequential(nn.Dropout(0.1), nn.Linear(features, CLASSES)).to(device)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-5)
 
-    def step_with(normalizer: nn.Module) -> Call:
-        head = nn.Sequential(normalizer, nn.Dropout(0.1), nn.Linear(features, CLASSES)).to(tokens.device)
-        optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-5)
+    def step(layer: Layer) -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(head(layer(encoder(input_ids=tokens).pooler_output)), labels).backward()
+        optimizer.step()
 
-        def step() -> None:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(head(encoder(input_ids=tokens).pooler_output), labels).backward()
-            optimizer.step()
+    def alone(layer: Layer) -> None:
+        torch.autograd.grad(layer(x), x, dout)
 
-        return step
-
-    def alone(normalizer: nn.Module) -> Call:
-        return lambda: torch.autograd.grad(normalizer(x), x, dout)
-
-    found = {}
-    for name, make in NORMALIZERS.items():
-        found[name] = step_with(make(features))
+    found: dict[str, Call] = {}
+    for name, make in LAYERS.items():
+        found[name] = partial(step, make(features, device))
         if name != "none":
-            found[f"{name} alone"] = alone(make(features).to(tokens.device))
+            found[f"{name} alone"] = partial(alone, make(features, device))
     return found
 
 
@@ -122,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         ratio = paired_ratio(values, samples["none"])
         row = {"threads": torch.get_num_threads(), "dtype": "float32", "N": args.batch, "D": features, "mode": label}
         row |= {"clock": "wall", "provider": name, "base": "none", "rounds": len(values)} | in_microseconds(values)
-        row |= dict(zip(("ratio_q1", "ratio", "ratio_q3"), ratio, strict=True))
+        row |= dict(zip(RATIOS, ratio, strict=True))
         rows.append(row)
         milliseconds = "{1:.3f} [{0:.3f}..{2:.3f}]".format(*(row[k] / 1e3 for k in QUARTILES))
         ratios = "{1:.4f} [{0:.4f}..{2:.4f}]".format(*ratio)

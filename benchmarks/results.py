@@ -82,13 +82,6 @@ def output_of(*command: str) -> str | None:
         return None
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def commit() -> str:
     """Of the checkout; where it is none, what the environment variable GIT_COMMIT says."""
     found = output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
@@ -117,7 +110,7 @@ def environment(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": version("triton"),
+        "triton": next((found.version for found in importlib.metadata.distributions(name="triton")), None),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }

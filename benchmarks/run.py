@@ -23,7 +23,6 @@ Exit status: 0; 1 if a provider was wrong or failed; 2 if an argument is.
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,8 @@ SHAPES = {
 }
 COMPILE_SHAPES = [(32, 384), (32, 768), (32, 4096)]  # compiling takes a while
 ONE_THREAD_ROWS = 32  # on a CPU batches of this size are also timed on one thread
-QUARTILES = ("q1_us", "median_us", "q3_us")
-MAX_SPREAD = 1.3  # third over first quartile; above, a row is noisy
+QUARTILES, RATIOS = ("q1_us", "median_us", "q3_us"), ("ratio_q1", "ratio", "ratio_q3")
+MAX_SPREAD = 1.3  # third over first quartile; above, a row is not to be trusted
 
 Row = dict[str, Any]  # a line of the table
 
@@ -94,7 +93,7 @@ def measure(
         row |= in_microseconds(values)
         if (mode, clock, base) in samples:
             ratios = clocks.paired_ratio(values, samples[mode, clock, base])
-            row |= dict(zip(("ratio_q1", "ratio", "ratio_q3"), ratios, strict=True))
+            row |= dict(zip(RATIOS, ratios, strict=True))
         if clock == "wall":
             row |= clocks.counts(calls[mode, clock, name], device)._asdict()
         if device == "cpu":
@@ -123,33 +122,22 @@ def rates(device: str, dtype: str) -> Row:
 # ---- Report ----
 
 
-def noisy(row: Row) -> bool:
-    return row["q3_us"] > MAX_SPREAD * row["q1_us"]
-
-
 def spread(rows: list[Row]) -> list[str]:
     """A reason not to trust the figures if the base's vary too much, or none."""
     of_base = [row for row in rows if row["provider"] == row["base"]]
-    found, base = sum(map(noisy, of_base)), of_base[0]["base"]
-    words = f"quartiles of {base} more than a factor {MAX_SPREAD} apart in {found} of {len(of_base)} rows"
-    return [words] if found * 4 > len(of_base) else []
+    wide = [row["base"] for row in of_base if row["q3_us"] > MAX_SPREAD * row["q1_us"]]
+    if len(wide) * 4 <= len(of_base):
+        return []
+    return [f"quartiles of {wide[0]} more than a factor {MAX_SPREAD} apart in {len(wide)} of {len(of_base)} rows"]
 
 
 def time_table(rows: list[Row]) -> str:
-    """A line per shape, threads, mode and clock; a column per provider. "~" marks a wide spread."""
-
-    def cell(row: Row) -> str:
-        q1, median, q3 = (f"{row[k]:,.0f}" if row[k] >= 100 else f"{row[k]:.1f}" for k in QUARTILES)
-        ratio = f" {row['ratio']:.2f}x" if "ratio" in row and row["provider"] != row["base"] else ""
-        return f"{median} [{q1}..{q3}]{'~' if noisy(row) else ''}{ratio}"
-
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    found: dict[tuple[str, ...], dict[str, str]] = {}
+    lines = [["mode", "clock", "provider", "median us [quartiles]", "ratio [quartiles]"]]
     for row in rows:
-        place = (f"{row['N']}x{row['D']}", str(row["threads"]), row["mode"], row["clock"])
-        found.setdefault(place, {})[row["provider"]] = cell(row)
-    lines = [[*place, *(cells.get(name, "-") for name in names)] for place, cells in found.items()]
-    return results.grid([["shape", "threads", "mode", "clock", *names], *lines])
+        us, ratio = ("{1:,.1f} [{0:,.1f}..{2:,.1f}]", "{1:.2f} [{0:.2f}..{2:.2f}]")
+        lines.append([row["mode"], row["clock"], row["provider"], us.format(*(row[k] for k in QUARTILES))])
+        lines[-1].append(ratio.format(*(row[k] for k in RATIOS)) if "ratio" in row else "")
+    return results.grid(lines)
 
 
 # ---- Command ----
@@ -212,15 +200,14 @@ def main(argv: list[str] | None = None) -> int:
     wrong: list[str] = []
     for i, (shape, threads) in enumerate(todo, 1):
         label = "{}x{}, threads: {}".format(*shape, threads)
-        print(f"[{i}/{len(todo)}] {label}", file=sys.stderr, flush=True)
+        print(f"\n[{i}/{len(todo)}] {label}", flush=True)
         torch.set_num_threads(threads)
         here = [name for name in names if name != "compiled" or shape in COMPILE_SHAPES]
         found, faults = measure(shape, args.dtype, args.device, here, base, args.rounds, args.seconds)
         rows += found
         wrong += [f"{label}, {fault}" for fault in faults]
-
-    print(f"\nA step: median microseconds [quartiles], median of the ratios to {base} round by round\n")
-    print(time_table(rows), end="\n\n")
+        print(time_table(found), *faults, sep="\n", flush=True)
+    print()
     common |= watch.finish(*spread(rows))
     print(*wrong, sep="\n")
     if args.output:

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             outcome = run(command, limit, log)
             failed |= outcome != "ok"
             say(f"{name:12} {outcome:30} {time.monotonic() - began:5.0f} s")
-            shown = 1 if outcome == "ok" and name != "bench" else 20
+            shown = 100 if name == "bench" else 1 if outcome == "ok" else 20
             for line in log.read_text(errors="replace").splitlines()[-shown:]:
                 say(f"    {line[:200]}")
         for key, value in results.environment("cuda").items():  # after the build: it loads the extension

@@ -39,6 +39,7 @@ from benchmarks.clocks import Call, Sampler, device, interleaved
 from benchmarks.providers import Provider, Shape, State, draw, gate, in_float64, our_step
 from benchmarks.results import grid
 from benchmarks.run import failure
+from isobn_kernels.backends import load
 from isobn_kernels.backends import triton as backend
 from isobn_kernels.backends.triton import Config
 
@@ -167,7 +168,7 @@ def table_text(table: tuple[Row, ...]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser_for("python -m tools.tune", __doc__).parse_args(argv)
-    reason = "TRITON_INTERPRET=1 is set: unset it" if backend.INTERPRETED else backend.unavailable_reason()
+    reason = "TRITON_INTERPRET=1 is set: unset it" if backend.INTERPRETED else load("triton").unavailable_reason()
     if reason:
         print(f"tune needs a GPU, and changed nothing: {reason}", file=sys.stderr)
         return 2
