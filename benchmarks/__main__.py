@@ -6,8 +6,6 @@ plot     draw the speed-ups and the scaling curves of the table
 readme   write the README's speed section from the table
 compare  time two commits on this machine, interleaved
 host     what Python costs per call, with the launches stubbed
-aot      what the Triton kernels compile to, without a GPU
-tune     measure block sizes for the Triton kernels, on a GPU
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("run", "model", "plot", "readme", "compare", "host", "aot", "tune")
+COMMANDS = ("run", "model", "plot", "readme", "compare", "host")
 
 
 def main(argv: list[str] | None = None) -> int:

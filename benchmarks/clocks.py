@@ -1,101 +1,92 @@
-"""How time is taken: clocks, statistics of samples, and what else a call costs.
+"""How time is taken: samplers, interleaved rounds, statistics of samples, and what else a call costs.
 
-Three clocks, whose figures are never mixed:
+Two clocks, whose figures are never mixed:
 
-* wall: time per step with the host's share included; on CUDA the device is waited for after the last call;
-* cold and hot (CUDA only): time on the device per call, from replays of a CUDA graph of many calls. Cold: each call
-  has its own copy of batch and state, together three times the L2 cache. Hot: all calls share one;
-* host (CUDA only): time until a call has been enqueued.
-
-Of this module only the CPU half has ever run: the CUDA half is unproven.
+* wall: time per call with the host's share included; on CUDA the device is waited for after the last call;
+* device (CUDA only): time on the device per call, from replays of a CUDA graph of many calls, by Triton's function. It
+  has never run.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import resource
-import sys
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import timeit
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
 
 Call = Callable[[], Any]
-Clock = Callable[[Call, int], float]  # seconds per call, the mean of a number of calls
+Sampler = Callable[[], float]  # seconds per call, the mean of a number of calls
 Quartiles = tuple[float, float, float]  # first, median, third
+Key = TypeVar("Key")
 
-MIN_SAMPLE = 1e-3  # seconds
-GRAPH_CALLS = 20  # in a CUDA graph, whose own launch then hardly counts
+MIN_SAMPLE = 5e-3  # seconds
+MIN_ROUNDS = 3
 _MMAP_THRESHOLD_MAX = 32 << 20  # bytes; of glibc on 64-bit machines
 
-
-def wall_clock(call: Call, times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - start) / times
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler has a line to say at each start
 
 
-def synchronized_clock(call: Call, times: int) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+def wall(call: Call) -> Sampler:
+    timed = timeit.Timer(call, timer=timer)  # PyTorch's, which waits for the device
+
+    def sample(number: int) -> float:
+        call()  # what others left in the caches is not the cost of this one
+        return timed.timeit(number) / number
+
+    number = repeats(min(sample(1), sample(1)))
+    return lambda: sample(number)
 
 
-def enqueue_clock(call: Call, times: int) -> float:
-    torch.cuda.synchronize()
-    seconds = wall_clock(call, times)
-    torch.cuda.synchronize()
-    return seconds
+def device(call: Call) -> Sampler:
+    from triton.testing import do_bench_cudagraph
+
+    def sample() -> float:
+        return do_bench_cudagraph(call, rep=int(MIN_SAMPLE * 1e3), return_mode="median") / 1e3
+
+    sample()  # raises here if the call cannot be captured
+    return sample
 
 
-def event_clock(call: Call, times: int) -> float:
-    """On the device, from before the first call to after the last; the launches are in it if they are the slower."""
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    for _ in range(times):
-        call()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1e3 / times
+CLOCKS: dict[str, Callable[[Call], Sampler]] = {"wall": wall, "device": device}
 
 
-def captured(calls: list[Call], stream: Any = None, pool: Any = None) -> Call:
-    """The replay of ``calls``, one after the other, as a CUDA graph with its memory from ``pool``."""
-    side = stream or torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=side):
-        for call in calls:
-            call()
-    return graph.replay
+def repeats(seconds: float) -> int:
+    """How many calls fill a sample."""
+    return min(10_000, math.ceil(MIN_SAMPLE / seconds))
+
+
+def interleaved(samplers: dict[Key, Sampler], rounds: int, seconds: float = math.inf) -> dict[Key, list[float]]:
+    """Samples from rounds, each of which takes one of everything in rotating order: a slow spell slows all alike.
+
+    At most ``rounds`` rounds, and fewer where they take longer than ``seconds``.
+    """
+    keys, samples = list(samplers), {key: list[float]() for key in samplers}
+    began = time.monotonic()
+    for i in range(rounds):
+        if i >= MIN_ROUNDS and time.monotonic() - began > seconds:
+            break
+        for k in range(len(keys)):
+            key = keys[(k + i) % len(keys)]
+            samples[key].append(samplers[key]())
+    return samples
 
 
 def quartiles(values: list[float]) -> Quartiles:
-    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    q1, median, q3 = torch.tensor(values, dtype=torch.float64).quantile(points).tolist()
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return q1, median, q3
 
 
 def paired_ratio(samples: list[float], base: list[float]) -> Quartiles:
     """Quartiles over rounds of the ratio of the two samples of a round."""
     return quartiles([a / b for a, b in zip(samples, base, strict=True)])
-
-
-def repeats(seconds: float) -> int:
-    """How many calls fill a sample."""
-    return min(1000, max(1, -int(-MIN_SAMPLE // seconds)))
 
 
 # ---- What else a call costs ----
@@ -130,30 +121,11 @@ class Counts(NamedTuple):
     largest_bytes: int  # of one allocation
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps off stderr what the profiler, in C++, has to say at each start."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def counts(call: Call, device: str) -> Counts:
-    cuda = device == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    with quiet(), profile(activities=activities, profile_memory=True) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities, profile_memory=True) as profiler:
         result = call()
-        if cuda:
+        if device == "cuda":
             torch.cuda.synchronize()
         del result
     memory = sorted(
@@ -161,24 +133,17 @@ def counts(call: Call, device: str) -> Counts:
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]" and event.device_type().name == device.upper()
     )
-    sizes = [size for _, size in memory]
-    taken, peak = 0, 0
-    for size in sizes:
-        taken += size
-        peak = max(peak, taken)
-    events: Any = profiler.events()
-    if cuda:
-        kernels = [event for event in events if event.device_type.name == "CUDA" and "Mem" not in event.name]
-        return Counts(
-            len(kernels),
-            sum(size > 0 for size in sizes),
-            torch.cuda.max_memory_allocated() - held,
-            max(sizes, default=0),
-        )
-    operations = [
-        event
-        for event in events
-        if event.name.startswith("aten::")
-        and not (event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"))
-    ]
-    return Counts(len(operations), sum(size > 0 for size in sizes), peak, max([0, *sizes]))
+    held, peak = 0, 0
+    for _, size in memory:
+        held += size
+        peak = max(peak, held)
+    sizes = [size for _, size in memory if size > 0]
+
+    def counted(event: Any) -> bool:
+        if device == "cuda":
+            return event.device_type.name == "CUDA" and "Mem" not in event.name
+        parent = event.cpu_parent
+        return event.name.startswith("aten::") and not (parent and parent.name.startswith("aten::"))
+
+    operations = sum(map(counted, profiler.events()))
+    return Counts(operations, len(sizes), peak, max(sizes, default=0))

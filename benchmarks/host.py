@@ -1,44 +1,37 @@
 """What a training call of `isobn` costs on the host: the Python around the kernels, in microseconds.
 
-    python -m benchmarks host [--output FILE]
+    python -m benchmarks host [--rounds 40]
 
 The launches are stubbed: each kernel of the Triton backend, and each function of the C++ extensions, is replaced by one
 that returns at once. Everything before and after runs as it is, on CPU tensors, in one thread; no GPU is needed.
 Beside it, for scale: a step of ``x * scale`` in plain PyTorch, and the argument checks alone.
 
-Method: rounds, each of which times every entry once, in rotating order; a sample is the mean of 200 calls, after one
-untimed call. Shown are medians and quartiles. Batches require grad; "forward+backward" adds the gradient of the batch
-from a ready dout.
+Method: rounds, each of which times every entry once, in rotating order; a sample is the mean of enough calls to fill
+five milliseconds, after one untimed call. Shown are medians and quartiles. Batches require grad; "forward+backward"
+adds the gradient of the batch from a ready dout.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks import results
-from benchmarks.clocks import Call, Quartiles, quartiles, wall_clock
+from benchmarks import parser_for, results
+from benchmarks.clocks import Call, Sampler, interleaved, quartiles, wall
 from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
-from benchmarks.run import busy_reasons, grid
 from isobn_kernels import _checks, functional, isobn
 from isobn_kernels.backends import cpu, cuda
 from isobn_kernels.backends import triton as backend
 from isobn_kernels.state import Options, State
 
 CASES = (((32, 768), torch.float32), ((32, 384), torch.bfloat16))
-ROUNDS, CALLS = 40, 200
 NOTES = """\
 Launches are stubbed: these are microseconds of the host, and no kernel of this package ran.
 Left out, triton: Triton's own launcher (each launch checks its arguments and finds its binary, on top of these
@@ -118,20 +111,11 @@ def missing() -> dict[str, str]:
 
 # ---- Measuring ----
 
-
-@dataclass
-class Row:
-    """One entry at one shape. Quartiles are (first, median, third)."""
-
-    shape: Shape
-    dtype: str
-    what: str
-    mode: str
-    microseconds: Quartiles
+Entry = tuple[str, str, str, str]  # shape, dtype, what, mode
 
 
-def entries(shape: Shape, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Callable[[], Any], Call]]:
-    """What is timed, by name and mode: the stub that it needs, and the call."""
+def samplers(shape: Shape, dtype: torch.dtype) -> dict[Entry, Sampler]:
+    """Everything that is timed at a shape, each under the stub that it needs."""
     N, D = shape
     x, dout = torch.zeros(N, D, dtype=dtype, requires_grad=True), torch.zeros(N, D, dtype=dtype)
     cov, std, scale, batches = torch.zeros(D, D), torch.zeros(D), torch.ones(D), torch.zeros((), dtype=torch.int64)
@@ -143,70 +127,46 @@ def entries(shape: Shape, dtype: torch.dtype) -> dict[tuple[str, str], tuple[Cal
     def checks() -> None:
         _checks.check_arguments(x, State(cov, std, scale, batches), Options(MOMENTUM, EPS, BETA))
 
+    def sampler(stub: Callable[[], AbstractContextManager[None]], call: Call) -> Sampler:
+        with stub():
+            sample = wall(call)
+
+        def under_stub() -> float:
+            with stub():
+                return sample()
+
+        return under_stub
+
     options: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS, "beta": BETA}
     options |= {"scale": scale, "num_batches_tracked": batches}
-    found: dict[tuple[str, str], tuple[Callable[[], Any], Call]] = {}
+    found: dict[tuple[str, str], Sampler] = {}
     for name, stub in STUBS.items():
         if name not in missing():
             forward = partial(isobn, x, cov, std, backend=name, **options)
-            found[name, "forward"] = (stub, forward)
-            found[name, "forward+backward"] = (stub, backward(forward))
-    found["x * scale", "forward+backward"] = (contextlib.nullcontext, backward(lambda: x * factor))
-    found["argument checks", ""] = (contextlib.nullcontext, checks)
-    return found
-
-
-def measure(rounds: int = ROUNDS, calls: int = CALLS) -> list[Row]:
-    """Every entry at every shape. What the stubs replaced is back afterwards."""
-    timed = []
-    for shape, dtype in CASES:
-        for key, (stub, call) in entries(shape, dtype).items():
-            timed.append(((shape, str(dtype).removeprefix("torch."), *key), stub, call, list[float]()))
-    torch.set_flush_denormal(True)  # what stubs leave unwritten is multiplied, and denormal numbers would be slow
-    try:
-        for i in range(rounds):
-            for k in range(len(timed)):
-                _, stub, call, samples = timed[(k + i) % len(timed)]
-                with stub():
-                    call()
-                    samples.append(wall_clock(call, calls) * 1e6)
-    finally:
-        torch.set_flush_denormal(False)
-    return [Row(*key, quartiles(samples)) for key, _, _, samples in timed]
-
-
-# ---- Report ----
-
-
-def time_table(rows: list[Row]) -> str:
-    lines = [["shape", "dtype", "what", "mode", "microseconds [quartiles]"]]
-    for row in rows:
-        us = "{1:.1f} [{0:.1f}..{2:.1f}]".format(*row.microseconds)
-        lines.append(["{}x{}".format(*row.shape), row.dtype, row.what, row.mode, us])
-    return grid(lines)
+            found[name, "forward"] = sampler(stub, forward)
+            found[name, "forward+backward"] = sampler(stub, backward(forward))
+    found["x * scale", "forward+backward"] = sampler(contextlib.nullcontext, backward(lambda: x * factor))
+    found["argument checks", ""] = sampler(contextlib.nullcontext, checks)
+    return {("{}x{}".format(*shape), str(dtype).removeprefix("torch."), *key): each for key, each in found.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
-    title, details = str(__doc__).split("\n\n", 1)
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("benchmarks host", description=title, epilog=details, formatter_class=formatter)
-    parser.add_argument("--output", type=Path, help="also write the table to this file, as JSON")
+    parser = parser_for("benchmarks host", __doc__)
+    parser.add_argument("--rounds", type=int, default=40, help="at least 2 (%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    before = os.getloadavg()[0]
-    rows = measure()
-    after = os.getloadavg()[0]
-    busy = busy_reasons(before, after, 1, [], "")
-    print(f"{NOTES}\n\n{time_table(rows)}\n\nload average {before:.2f} before, {after:.2f} after")
+    watch = results.Watch()
+    torch.set_flush_denormal(True)  # what stubs leave unwritten is multiplied, and denormal numbers would be slow
+    try:
+        samples = interleaved({key: each for case in CASES for key, each in samplers(*case).items()}, args.rounds)
+    finally:
+        torch.set_flush_denormal(False)
+    lines = [["shape", "dtype", "what", "mode", "microseconds [quartiles]"]]
+    for entry, seconds in samples.items():
+        lines.append([*entry, "{1:.1f} [{0:.1f}..{2:.1f}]".format(*quartiles([s * 1e6 for s in seconds]))])
+    print("\n".join(f"{key}: {value}" for key, value in results.environment("cpu").items()))
+    print(f"\n{NOTES}\n\n{results.grid(lines)}\n")
     for name, reason in missing().items():
         print(f"{name} is not measured: {reason}")
-    for reason in busy:
-        print(f"BUSY MACHINE, do not trust these figures: {reason}")
-    if args.output:
-        result = results.environment("cpu")
-        result |= {"stubbed": NOTES, "missing": missing(), "load_before": before, "load_after": after, "busy": busy}
-        result |= {"rows": [asdict(row) for row in rows]}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {args.output}")
+    watch.finish()
     return 0

@@ -2,16 +2,17 @@
 
 * published: the formula of the paper in eager PyTorch, with the statistics in plain tensors;
 * lean: the same formula written as well as plain PyTorch allows: few operations, in place, no new D x D memory;
-* compiled: published under torch.compile; on CUDA also compiled-reduce-overhead and compiled-max-autotune;
+* compiled: published under torch.compile;
 * batch_norm: torch.nn.functional.batch_norm, the price of a simpler normalisation: it computes something else;
 * each backend of isobn_kernels that can run on the device.
+
+Of isobn_kernels only public names are used here, as `compare` runs this code with the package of an older commit.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isobn_kernels import backends, isobn
-from isobn_kernels.state import Where
+from isobn_kernels import available_backends, isobn
 
 MOMENTUM, EPS, BETA = 0.05, 1e-3, 0.5
 TOLERANCE = 1e-5  # of the gate, relative, plus one rounding to the dtype of x for output and gradient
@@ -38,34 +38,24 @@ class State(NamedTuple):
         return State(*(tensor.clone() for tensor in self))
 
 
-Step = Callable[[Tensor, State], Tensor]
-
-
-@dataclass
-class Provider:
-    """Functions of a batch and a state, which return the output; ``train`` also updates the state in place."""
-
-    train: Step
-    evaluate: Step
-    prepare: Callable[[State], None] = lambda state: None  # sees each state before its first step
+Provider = Callable[[Tensor, State, bool], Tensor]  # of a batch and a state, which it updates where the flag is set
 
 
 # ---- The formula in plain PyTorch ----
 
 
-def published(x: Tensor, cov: Tensor, std: Tensor) -> Tensor:
-    """The formula as the paper's authors compute it. Half-precision batches get float32 statistics, as ours do."""
-    batch = x.detach().to(cov.dtype)
-    y = batch - batch.mean(dim=0)
-    batch_std = (y**2).mean(dim=0) ** 0.5
-    batch_cov = y.T @ y / len(y)
-    cov += MOMENTUM * (batch_cov - cov)
-    std += MOMENTUM * (batch_std - std)
-    return published_evaluation(x, cov, std)
+def published(x: Tensor, cov: Tensor, std: Tensor, training: bool) -> Tensor:
+    """The formula as the paper's authors compute it. Half-precision batches get float32 statistics, as ours do.
 
-
-def published_evaluation(x: Tensor, cov: Tensor, std: Tensor) -> Tensor:
-    """The scale is no part of their state: it is computed anew."""
+    The scale is no part of their state: it is computed anew in evaluation.
+    """
+    if training:
+        batch = x.detach().to(cov.dtype)
+        y = batch - batch.mean(dim=0)
+        batch_std = (y**2).mean(dim=0) ** 0.5
+        batch_cov = y.T @ y / len(y)
+        cov += MOMENTUM * (batch_cov - cov)
+        std += MOMENTUM * (batch_std - std)
     correlation = torch.clamp(cov / torch.outer(std, std), -1, 1)
     gamma = (correlation**2).mean(dim=1)
     scale = 1 / (gamma * std + EPS) ** BETA
@@ -74,9 +64,15 @@ def published_evaluation(x: Tensor, cov: Tensor, std: Tensor) -> Tensor:
     return (x * scale).to(x.dtype)
 
 
-def lean(x: Tensor, state: State, work: Tensor) -> Tensor:
+def published_step(x: Tensor, state: State, training: bool) -> Tensor:
+    return published(x, state.cov, state.std, training)
+
+
+def lean(x: Tensor, state: State, training: bool, work: Tensor) -> Tensor:
     """The same numbers; ``work`` (D, D) takes the correlations, so that no step allocates as much."""
     cov, std, scale, _ = state
+    if not training:
+        return (x * scale).to(x.dtype)
     N, D = x.shape
     with torch.no_grad():
         y = x.to(cov.dtype)
@@ -92,159 +88,98 @@ def lean(x: Tensor, state: State, work: Tensor) -> Tensor:
     return x * factor
 
 
-def scaled(x: Tensor, state: State) -> Tensor:
-    """Evaluation where the scale is part of the state; that of our backends is the same expression."""
-    return (x * state.scale).to(x.dtype)
-
-
 # ---- Providers, made for a batch ----
 
 
-def published_provider(x: Tensor) -> Provider:
-    return Provider(
-        lambda x, state: published(x, state.cov, state.std),
-        lambda x, state: published_evaluation(x, state.cov, state.std),
-    )
+def lean_step(x: Tensor) -> Provider:
+    return partial(lean, work=torch.empty(x.shape[1], x.shape[1], device=x.device))
 
 
-def lean_provider(x: Tensor) -> Provider:
-    work = torch.empty(x.shape[1], x.shape[1], device=x.device)
-    return Provider(partial(lean, work=work), scaled)
-
-
-def compiled_provider(mode: str, x: Tensor) -> Provider:
-    torch._functorch.config.donated_buffer = False  # it rules retain_graph out, which timing the backward alone needs
-
+def compiled_step(x: Tensor) -> Provider:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")  # its own affair
-
-    def prepare(state: State) -> None:
-        for tensor in state:  # a tensor that is written keeps reduce-overhead from making CUDA graphs, unless it is
-            torch._dynamo.mark_static_address(tensor)  # known to stay where it is
-
-    train = torch.compile(published, dynamic=False, fullgraph=True, mode=mode)
-    evaluate = torch.compile(published_evaluation, dynamic=False, fullgraph=True, mode=mode)
-    return Provider(
-        lambda x, state: train(x, state.cov, state.std), lambda x, state: evaluate(x, state.cov, state.std), prepare
-    )
+    torch._inductor.config.compile_threads = 1  # in this process, where its time is known to be ours
+    torch.compiler.reset()  # compiled code has the shape and the number of threads built in
+    compiled = torch.compile(published, dynamic=False, fullgraph=True)
+    return lambda x, state, training: compiled(x, state.cov, state.std, training)
 
 
-def batch_norm_provider(x: Tensor) -> Provider:
-    def step(x: Tensor, state: State, training: bool) -> Tensor:
-        return F.batch_norm(x, state.scale, state.std, training=training, momentum=MOMENTUM)
-
-    return Provider(partial(step, training=True), partial(step, training=False))
+def batch_norm_step(x: Tensor, state: State, training: bool) -> Tensor:
+    return F.batch_norm(x, state.scale, state.std, training=training, momentum=MOMENTUM)
 
 
-def one_step(x: Tensor, state: State, name: str, stop_gradient: bool = True, training: bool = True) -> Tensor:
-    """A step of one of our backends."""
-    return isobn(
-        x,
-        state.cov,
-        state.std,
-        training=training,
-        momentum=MOMENTUM,
-        eps=EPS,
-        beta=BETA,
-        backend=name,
-        scale=state.scale,
-        num_batches_tracked=state.batches,
-        stop_gradient=stop_gradient,
-    )
+def our_step(x: Tensor, state: State, training: bool, **options: Any) -> Tensor:
+    options |= {"momentum": MOMENTUM, "eps": EPS, "beta": BETA, "training": training}
+    return isobn(x, state.cov, state.std, scale=state.scale, num_batches_tracked=state.batches, **options)
 
 
-def backend_provider(name: str, x: Tensor) -> Provider:
-    backends.select(Where(name), x)  # raises with the reason if it cannot run
-    return Provider(partial(one_step, name=name), partial(one_step, name=name, training=False))
-
-
-BACKENDS: dict[str, Callable[[Tensor], Provider]] = {
-    name: partial(backend_provider, name)
-    for name in backends.NAMES  # fastest first
-}
-COMPILED: dict[str, Callable[[Tensor], Provider]] = {
-    "compiled": partial(compiled_provider, "default"),
-    "compiled-reduce-overhead": partial(compiled_provider, "reduce-overhead"),
-    "compiled-max-autotune": partial(compiled_provider, "max-autotune"),
-}
-PROVIDERS: dict[str, Callable[[Tensor], Provider]] = {
-    "published": published_provider,
-    "lean": lean_provider,
-    **COMPILED,
-    "batch_norm": batch_norm_provider,
-    **dict(reversed(BACKENDS.items())),
+OTHERS: dict[str, Callable[[Tensor], Provider]] = {
+    "published": lambda x: published_step,
+    "lean": lean_step,
+    "compiled": compiled_step,
+    "batch_norm": lambda x: batch_norm_step,
 }
 UNGATED = ("batch_norm",)  # computes something else
 
 
-def usable(device: str) -> tuple[list[str], dict[str, str]]:
-    """Names of the providers for ``device``, in the order of PROVIDERS, and for each of the others why not."""
-    reasons = {}
-    if device == "cpu":
-        reasons = {name: "it is made for GPUs" for name in COMPILED if name != "compiled"}
-    for name, make in BACKENDS.items():
+def provider(name: str, x: Tensor) -> Provider:
+    return OTHERS[name](x) if name in OTHERS else partial(our_step, backend=name)
+
+
+def ours(device: str) -> list[str]:
+    """Our backends that can run on ``device``, fastest first. The first is the base of all ratios."""
+    found = []
+    for name in available_backends():
         try:
-            make(torch.zeros(2, 2, device=device))
-        except RuntimeError as error:
-            reasons[name] = str(error)
-    return [name for name in PROVIDERS if name not in reasons], reasons
-
-
-def base_of(names: list[str]) -> str:
-    """The provider that the others are compared with: our fastest that can run."""
-    return next(name for name in BACKENDS if name in names)
+            our_step(*draw((2, 2), "float32", device)[::2], True, backend=name)
+        except RuntimeError:  # it takes tensors of another device
+            continue
+        found.append(name)
+    return found
 
 
 # ---- Correctness ----
 
 
-def exact(x: Tensor, dout: Tensor, state: State) -> dict[str, Tensor]:
-    """One step in float64: what a provider's output, gradient, covariance and deviation are compared with."""
-    x, dout = x.detach().double(), dout.double()
-    y = x - x.mean(dim=0)
-    cov = torch.lerp(state.cov.double(), y.T @ y / x.shape[0], MOMENTUM)
-    std = torch.lerp(state.std.double(), y.std(dim=0, correction=0), MOMENTUM)
-    gamma = (cov / std / std[:, None]).clamp(-1, 1).square().mean(dim=0)
-    t = (gamma * std + EPS).pow(-BETA)
-    scale = t * (cov.trace() / (cov.diagonal() @ t.square() + EPS)).sqrt()
-    return {"out": x * scale, "grad": dout * scale, "cov": cov, "std": std}
-
-
-def gate(
-    step: Step, x: Tensor, dout: Tensor, start: State, expected: dict[str, Tensor], evaluate: Step | None = None
-) -> str | None:
-    """What is wrong with one step from ``start``, or with evaluation after it, or None. ``start`` stays as it is."""
-    state = start.clone()
-    out = step(x, state)
-    if out.dtype != x.dtype:
-        return f"out is {out.dtype}, expected {x.dtype}"
-    (grad,) = torch.autograd.grad(out, x, dout)
-    deviation = expected["cov"].diagonal().sqrt()
-    sizes = {name: expected[name].abs().amax(dim=0) for name in ("out", "grad")}
-    sizes |= {"cov": torch.outer(deviation, deviation), "std": expected["std"]}
-    found = {"out": out, "grad": grad, "cov": state.cov, "std": state.std}
-    if evaluate:  # of the same batch: the same output
-        found["evaluation"] = evaluate(x.detach(), state)
-    for name, tensor in found.items():
-        of = "out" if name == "evaluation" else name
-        error = ((tensor.detach().double() - expected[of]).abs() / sizes[of]).max().item()
-        tolerance = TOLERANCE + (torch.finfo(x.dtype).eps if of in ("out", "grad") else 0)
-        if not error <= tolerance:  # NaN is wrong, too
-            return f"{name} is off by {error:.1e}, tolerance {tolerance:.1e}"
-    return None
-
-
-def draw(shape: Shape, dtype: str, device: str) -> tuple[Callable[[], Tensor], State]:
-    """A source of batches of one distribution, and a state that has seen one: from an empty one is a special case."""
+def draw(shape: Shape, dtype: str, device: str) -> tuple[Tensor, Tensor, State]:
+    """A batch, an upstream gradient, and a state that has seen another batch: starting empty is a special case."""
     N, D = shape
     random = torch.Generator(device).manual_seed(N + D)
     spread = torch.rand(D, device=device, generator=random) + 0.1
     mean = torch.randn(D, device=device, generator=random)
-
-    def batch() -> Tensor:
-        found: Any = torch.randn(N, D, device=device, generator=random) * spread + mean
-        return found.to(getattr(torch, dtype))
-
+    batches = torch.randn(3, N, D, device=device, generator=random) * spread + mean
+    x, dout, before = batches.to(getattr(torch, dtype))
     zeros = partial(torch.zeros, device=device)
     state = State(zeros(D, D), zeros(D), zeros(D) + 1, zeros((), dtype=torch.int64))
-    published(batch(), state.cov, state.std)
-    return batch, state
+    published(before, state.cov, state.std, training=True)
+    return x.clone().requires_grad_(), dout.clone(), state
+
+
+def step_of(provider: Provider, x: Tensor, dout: Tensor, start: State) -> dict[str, Tensor]:
+    """What a step from ``start`` gives, and evaluation of the same batch after it. ``start`` stays as it is."""
+    state = start.clone()
+    out = provider(x, state, True)
+    (grad,) = torch.autograd.grad(out, x, dout)
+    found = {"out": out.detach(), "grad": grad, "cov": state.cov, "std": state.std}
+    return found | {"evaluation": provider(x.detach(), state, False)}
+
+
+def in_float64(provider: Provider, x: Tensor, dout: Tensor, start: State) -> dict[str, Tensor]:
+    """The same step in float64."""
+    state = State(start.cov.double(), start.std.double(), start.scale.double(), start.batches)
+    return step_of(provider, x.detach().double().requires_grad_(), dout.double(), state)
+
+
+def gate(provider: Provider, x: Tensor, dout: Tensor, start: State, expected: dict[str, Tensor]) -> str | None:
+    """What is wrong with a step from ``start``, or None."""
+    deviation = expected["cov"].diagonal().sqrt()
+    sizes = {name: expected[name].abs().amax(dim=0) for name in ("out", "grad", "evaluation")}
+    sizes |= {"cov": torch.outer(deviation, deviation), "std": expected["std"]}
+    found = step_of(provider, x, dout, start)
+    if found["out"].dtype != x.dtype:
+        return f"out is {found['out'].dtype}, expected {x.dtype}"
+    for name, tensor in found.items():
+        error = ((tensor.double() - expected[name]).abs() / sizes[name]).max().item()
+        tolerance = TOLERANCE + (0 if name in ("cov", "std") else torch.finfo(x.dtype).eps)
+        if not error <= tolerance:  # NaN is wrong, too
+            return f"{name} is off by {error:.1e}, tolerance {tolerance:.1e}"
+    return None

@@ -7,11 +7,10 @@ Whatever stands outside the markers stays. Exit status: 0; 2 if the table or the
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import parser_for, results
 from benchmarks.plot import main_lines
 from benchmarks.results import Line
 
@@ -24,43 +23,37 @@ SHOWN = (
     *((threads, 32, 4096, "forward+backward") for threads in (1, 0)),
 )
 OTHERS = {"published": "published, eager", "lean": "lean", "compiled": "torch.compile", "batch_norm": "`F.batch_norm`"}
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
-def amount(microseconds: float) -> str:
+def amount(line: Line) -> str:
+    microseconds = float(line["median_us"])
     if microseconds < 1e4:
         return f"{microseconds:,.0f} us" if microseconds >= 99.5 else f"{microseconds:.1f} us"
     return f"{microseconds / 1e3:.1f} ms" if microseconds < 1e5 else f"{microseconds / 1e3:.0f} ms"
 
 
-def times(ratio: float) -> str:
+def times(line: Line) -> str:
+    ratio = float(line["ratio"])
     return f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x" if ratio >= 0.95 else f"{ratio:.2f}x"
 
 
 def speed_table(lines: list[Line]) -> str:
     """A row for each of SHOWN that was measured. A provider that was not has a dash."""
-    cells = {
+    found = {
         (int(line["threads"]), int(line["N"]), int(line["D"]), line["mode"], line["provider"]): line for line in lines
     }
-    base, most = lines[0]["base"], max(key[0] for key in cells)
-    names = [name for name in OTHERS if any(key[4] == name for key in cells)]
-    rows = [["N x D", "threads", "pass", f"our `{base}` kernel", *(OTHERS[name] for name in names)]]
-    rows.append(["---"] * len(rows[0]))
+    base, most = lines[0]["base"], max(key[0] for key in found)
+    rows = [["N x D", "threads", "pass", f"our `{base}` kernel", *OTHERS.values()], ["---"] * (4 + len(OTHERS))]
     for threads, N, D, mode in SHOWN:
-        here = {name: cells.get((threads or most, N, D, mode, name)) for name in (base, *names)}
-        ours = here[base]
-        if ours is None:
-            continue
-        row = [f"{N} x {D}", str(threads or most), mode.replace("+", " + "), amount(float(ours["median_us"]))]
-        for name in names:
-            line = here[name]
-            row.append(f"{amount(float(line['median_us']))}, {times(float(line['ratio']))}" if line else "-")
-        rows.append(row)
+        here = {name: found.get((threads or most, N, D, mode, name)) for name in (base, *OTHERS)}
+        if ours := here.pop(base):
+            cells = [f"{amount(line)}, {times(line)}" if line else "-" for line in here.values()]
+            rows.append([f"{N} x {D}", str(threads or most), mode.replace("+", " + "), amount(ours), *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def machine(lines: list[Line]) -> str:
-    """What the figures belong to, in a sentence."""
+    """What the figures belong to, in a sentence or two."""
     line = max(lines, key=lambda line: line["date"])
     where = f"{line['machine']}, {line['cores']} cores" if line["device"] == "cpu" else line["machine"]
     where += f" ({line['instruction_set']})" if line["device"] == "cpu" and line["instruction_set"] else ""
@@ -76,29 +69,24 @@ def whole_steps(lines: list[Line]) -> list[str]:
     found = []
     for mode in sorted({line["mode"] for line in lines if line["mode"].startswith("model ")}):
         here = {line["provider"]: line for line in lines if line["mode"] == mode}
-        if "none" not in here:
-            continue
-        words = f"Of a training step of a whole model ({mode.removeprefix('model ')}, {here['none']['N']} texts, "
-        words += f"D = {here['none']['D']}), {amount(float(here['none']['median_us']))} without a normaliser, forward "
-        words += "and backward of a normaliser are: "
-        shares = [
-            f"{name.removesuffix(' alone')} {float(line['ratio']) * 100:.2g} %"
-            for name, line in here.items()
-            if name.endswith(" alone")
-        ]
-        found.append(f"{words}{', '.join(shares)}.")
+        none = here["none"]
+        words = f"Of a training step of a whole model ({mode.removeprefix('model ')}, {none['N']} texts, "
+        words += f"D = {none['D']}), {amount(none)} without a normaliser, forward and backward of a normaliser are: "
+        shares = {name: float(line["ratio"]) for name, line in here.items() if name.endswith(" alone")}
+        words += ", ".join(f"{name.removesuffix(' alone')} {share * 100:.2g} %" for name, share in shares.items())
+        found.append(f"{words}.")
     return found
 
 
 def section(lines: list[Line], table: Path) -> str:
     parts = []
-    for device, name in DEVICES.items():
+    for device, name in {"cpu": "CPU", "cuda": "GPU"}.items():
         here = main_lines(lines, device)
         steps = [line for line in here if not line["mode"].startswith("model ")]
         if not steps:
             continue
         parts += [f"On a {name}: medians of interleaved rounds in one process; ratios to ours are medians of the ratio "
-                  "within a round.", speed_table(steps), machine(steps)]  # fmt: skip
+                  "within a round.", speed_table(steps), machine(here)]  # fmt: skip
         parts += whole_steps(here)
         for figure, words in (("speedup", "Speed-ups"), ("scaling", "Time against N and D")):
             if (table.parent / f"{figure}_{device}.svg").exists():
@@ -107,9 +95,7 @@ def section(lines: list[Line], table: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    title, details = str(__doc__).split("\n\n", 1)
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("benchmarks readme", description=title, epilog=details, formatter_class=formatter)
+    parser = parser_for("benchmarks readme", __doc__)
     parser.add_argument("--table", type=Path, default=results.TABLE)
     parser.add_argument("--readme", type=Path, default=results.ROOT / "README.md")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The one table of results, benchmarks/results/results.csv: a row for each thing measured, replaced by a later run."""
+"""The one table of results, benchmarks/results/results.csv, and what its figures belong to: machine, versions, load."""
 
 from __future__ import annotations
 
@@ -8,83 +8,84 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "results" / "results.csv"
+MAX_OTHERS = 0.05  # of the processors' time; above, the machine is busy
 
-# What a row is about. A later run of the same replaces it, whatever its commit.
-KEY = ("device", "machine", "threads", "dtype", "N", "D", "mode", "clock", "provider")
-VALUES = (
-    *("status", "q1_us", "median_us", "q3_us", "base", "ratio_q1", "ratio", "ratio_q3", "rounds"),
-    *("operations", "allocations", "peak_bytes", "page_faults"),
-    *("floor_bytes", "floor_flop", "percent_of_copy", "percent_of_matmul", "copy_gb_s", "matmul_gflop_s"),
+# What is measured at once: a later run replaces all of it, whatever its commit.
+KEY = ("device", "machine", "threads", "dtype", "N", "D", "mode")
+COLUMNS = (
+    *KEY,
+    *("clock", "provider", "q1_us", "median_us", "q3_us", "base", "ratio_q1", "ratio", "ratio_q3", "rounds"),
+    *("operations", "allocations", "peak_bytes", "page_faults", "copy_gb_s", "matmul_gflop_s"),
     *("load_before", "load_after", "busy"),
     *("cores", "instruction_set", "driver", "python", "torch", "cuda", "triton", "commit", "date"),
 )
-COLUMNS = (*KEY, *VALUES)
 
 Line = dict[str, str]
 
 
 def read(path: Path) -> list[Line]:
+    """The lines of the table, none where there is no file. Columns of other versions are left out, or empty."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    unknown = set(lines[0]) ^ set(COLUMNS) if lines else set()
-    if unknown:
-        raise ValueError(f"{path} has other columns than this version writes ({', '.join(sorted(unknown))}): remove it")
-    return lines
-
-
-def text(value: object) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if lines and not set(KEY) <= set(lines[0]):
+        raise ValueError(f"{path} is not a table of results: it has no column {', '.join(set(KEY) - set(lines[0]))}")
+    return [{column: line.get(column, "") for column in COLUMNS} for line in lines]
 
 
 def upsert(path: Path, new: list[dict[str, object]]) -> None:
     """Adds lines to the table, in place of those with the same key, and sorts it."""
-    lines = {tuple(line[column] for column in KEY): line for line in read(path)}
-    for values in new:
-        line = {column: text(values.get(column)) for column in COLUMNS}
-        lines[tuple(line[column] for column in KEY)] = line
-    # A provider that was timed has no row that says why it was not, and the other way round.
-    about = {key[:6] + key[8:]: "all" for key in (tuple(text(v.get(c)) for c in KEY) for v in new) if key[6] == "all"}
-    fresh = {tuple(text(values.get(column)) for column in KEY) for values in new}
-    fresh_about = {key[:6] + key[8:] for key in fresh}
-    kept = {
-        key: line
-        for key, line in lines.items()
-        if key in fresh or not (key[:6] + key[8:] in about or (key[6] == "all" and key[:6] + key[8:] in fresh_about))
-    }
 
-    def order(key: tuple[str, ...]) -> tuple[object, ...]:
-        return tuple(int(part) if part.isdecimal() else part for part in key)
+    def text(value: object) -> str:
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
+    def key(line: Line) -> tuple[str, ...]:
+        return tuple(line[column] for column in KEY)
+
+    def order(line: Line) -> tuple[Any, ...]:
+        return tuple(int(part) if part.isdecimal() else part for part in (*key(line), line["clock"], line["provider"]))
+
+    lines = [{column: text(values.get(column)) for column in COLUMNS} for values in new]
+    replaced = set(map(key, lines))
+    lines += [line for line in read(path) if key(line) not in replaced]
+    lines.sort(key=order)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept[key] for key in sorted(kept, key=order))
+        writer.writerows(lines)
 
 
-def version(module: str) -> str | None:
+def grid(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+# ---- What the figures belong to ----
+
+
+def output_of(*command: str) -> str | None:
+    """The first line that a command prints, or None where it fails."""
     try:
-        return importlib.metadata.version(module)
-    except importlib.metadata.PackageNotFoundError:
+        return subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
 
 def commit() -> str:
     """Of the checkout; where it is none, what the environment variable GIT_COMMIT says."""
-    try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.check_output(describe, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return found or os.environ.get("GIT_COMMIT", "unknown")
 
 
 def cpu_name() -> str:
@@ -94,28 +95,54 @@ def cpu_name() -> str:
 
 
 def environment(device: str) -> dict[str, object]:
-    """What the figures belong to: columns of the table."""
+    """Columns of the table."""
     try:
         instruction_set = importlib.import_module("isobn_kernels._C").instruction_set()
     except (ImportError, AttributeError):
         instruction_set = None
-    driver = None
-    if device == "cuda":
-        try:
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.check_output(query, text=True).splitlines()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            pass
+    cuda = device == "cuda"
     return {
         "device": device,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "machine": torch.cuda.get_device_name() if cuda else cpu_name(),
         "cores": os.cpu_count(),
         "instruction_set": instruction_set,
-        "driver": driver,
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": version("triton"),
+        "triton": next((found.version for found in importlib.metadata.distributions(name="triton")), None),
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
+
+
+class Watch:
+    """What else the machine does from here to `finish`.
+
+    The load average is written down only: it still counts what ran a minute before, and a short spell of other work
+    hardly moves it. The machine is called busy by the processors' time that others took meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.load, self.began, self.others = os.getloadavg()[0], time.monotonic(), self.seconds_of_others()
+
+    @staticmethod
+    def seconds_of_others() -> float:
+        """Processor time since the start of the machine that neither this process nor its ended children took."""
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields)
+        everyone = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return everyone - sum(os.times()[:4])
+
+    def finish(self, *more: str) -> dict[str, object]:
+        """Columns of the table, printed too. ``more``: further reasons not to trust the figures."""
+        after = os.getloadavg()[0]
+        elapsed = (time.monotonic() - self.began) * (os.cpu_count() or 1)
+        share = (self.seconds_of_others() - self.others) / elapsed
+        reasons = list(more)
+        if share > MAX_OTHERS:
+            reasons.insert(0, f"other processes took {share:.0%} of the processors")
+        print(f"load average {self.load:.2f} before, {after:.2f} after; others took {share:.1%} of the processors")
+        for reason in reasons:
+            print(f"BUSY MACHINE, do not trust these figures: {reason}")
+        return {"load_before": self.load, "load_after": after, "busy": "; ".join(reasons)}

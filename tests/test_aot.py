@@ -37,7 +37,7 @@ ALL_ROWS = [(16, 384), (16, 768), (32, 384), (32, 768), (128, 384), (128, 768), 
 # In a process of its own: an interpreted session compiles nothing.
 CODE = """
 import dataclasses, json, sys
-from benchmarks import aot
+from tools import aot
 found = []
 for function, _, _, dtype, launch in aot.launches(json.loads(sys.argv[2])):
     if str(dtype) not in sys.argv[3:]:
@@ -115,7 +115,7 @@ def test_no_spills_bounded_resources_wide_accesses_full_product(target):
 def test_number_of_launches():
     """Two for a training step up to N = 128 and D = 2048, three above one of them, four above both; two for a scale."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks import aot
+    from tools import aot
 
     def kernels(N, D):
         found = aot.record(N, D, torch.float32)
@@ -134,7 +134,7 @@ def test_number_of_launches():
 KEYS = """
 import json, sys
 import torch
-from benchmarks import aot
+from tools import aot
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature

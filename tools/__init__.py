@@ -1,1 +1,1 @@
-"""Long checks to run by hand: ``python -m tools.NAME --help``. Short versions of them are among the tests."""
+"""What is run by hand: ``python -m tools.NAME --help``. Of the long checks the tests have short versions."""

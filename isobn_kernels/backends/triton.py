@@ -39,8 +39,8 @@ class Config:
     precision: str
 
 
-# (largest N, largest D) -> Config; the first row that fits. Chosen from the compiled code (python -m benchmarks aot: no
-# spills, 128-bit accesses) and not yet tuned on a GPU; `python -m benchmarks tune` measures candidates and prints it.
+# (largest N, largest D) -> Config; the first row that fits. Chosen from the compiled code (python -m tools.aot: no
+# spills, 128-bit accesses) and not yet tuned on a GPU; `python -m tools.tune` measures candidates and prints it.
 _ANY = 1 << 62
 TABLE: tuple[tuple[int, int, Config], ...] = (
     (16, 512, Config(32, 16, 2, "ieee")),

@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, without a GPU: registers, spills, shared memory, width of memory accesses.
 
-    python -m benchmarks aot [--output FILE]
+    python -m tools.aot [--output FILE]
 
 The launches are those that the backend itself makes: its host code runs with kernels that only record their arguments,
 over one shape for each row of its table and every dtype, and each recorded launch is compiled ahead of time for every
@@ -9,11 +9,11 @@ target. Needs triton and no GPU.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+
+from benchmarks import parser_for
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -154,49 +156,33 @@ def _read_nvidia(kernel: str, target: str, compiled: Any) -> Compiled:
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    ptx = compiled.asm["ptx"]
+    wide_load = r"ld\.global[.\w]*\.v4\.b32|ld\.global[.\w]*\.v8\.b16|ld\.global[.\w]*\.v2\.b64"
+    accesses = _accesses(compiled.asm["ptx"], (wide_load, r"ld\.global"), (r"st\.global[.\w]*\.v4\.b32", r"st\.global"))
+    instructions = len(re.findall(r"\n\t(?!\.|//)[@a-z]", compiled.asm["ptx"]))
+    spills = int(found["STACK"]) + int(found["LOCAL"])
+    return Compiled(kernel, target, int(found["REG"]), spills, compiled.metadata.shared, *accesses, instructions)
 
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, ptx))
 
-    return Compiled(
-        kernel,
-        target,
-        int(found["REG"]),
-        int(found["STACK"]) + int(found["LOCAL"]),
-        compiled.metadata.shared,
-        count(r"ld\.global[.\w]*\.v4\.b32|ld\.global[.\w]*\.v8\.b16|ld\.global[.\w]*\.v2\.b64"),
-        count(r"ld\.global") - count(r"ld\.global[.\w]*\.v4\.b32|ld\.global[.\w]*\.v8\.b16|ld\.global[.\w]*\.v2\.b64"),
-        count(r"st\.global[.\w]*\.v4\.b32"),
-        count(r"st\.global") - count(r"st\.global[.\w]*\.v4\.b32"),
-        count(r"\n\t(?!\.|//)[@a-z]"),
-    )
+def _accesses(text: str, loads: tuple[str, str], stores: tuple[str, str]) -> tuple[int, int, int, int]:
+    """Wide loads and others, wide stores and others, by the patterns of wide ones and of all."""
+    wide_loads, all_loads, wide_stores, all_stores = (len(re.findall(pattern, text)) for pattern in (*loads, *stores))
+    return wide_loads, all_loads - wide_loads, wide_stores, all_stores - wide_stores
 
 
 def _read_amd(kernel: str, target: str, compiled: Any) -> Compiled:
     text = compiled.asm["amdgcn"]
 
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, text))
-
     def value(key: str) -> int:
         match = re.search(rf"\.{key}:\s+(\d+)", text)
         return int(match.group(1)) if match else 0
 
-    wide_loads = count(r"(global|buffer)_load_dwordx4")
-    wide_stores = count(r"(global|buffer)_store_dwordx4")
-    return Compiled(
-        kernel,
-        target,
-        value("vgpr_count"),
-        value("vgpr_spill_count") + value("sgpr_spill_count"),
-        compiled.metadata.shared,
-        wide_loads,
-        count(r"(global|buffer)_load_") - wide_loads,
-        wide_stores,
-        count(r"(global|buffer)_store_") - wide_stores,
-        count(r"\n\t[a-z]"),
+    loads, stores = (
+        (rf"(?:global|buffer)_{kind}_dwordx4", rf"(?:global|buffer)_{kind}_") for kind in ("load", "store")
     )
+    spills = value("vgpr_spill_count") + value("sgpr_spill_count")
+    instructions = len(re.findall(r"\n\t[a-z]", text))
+    accesses = _accesses(text, loads, stores)
+    return Compiled(kernel, target, value("vgpr_count"), spills, compiled.metadata.shared, *accesses, instructions)
 
 
 def launches(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int, torch.dtype, Launch]]:
@@ -218,9 +204,7 @@ def launches(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "benchmarks aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_for("python -m tools.aot", __doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
@@ -229,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     head = f"{'launch':34} {'kernel':18} {'target':7} {'regs':>5} {'spill':>5} {'shared':>7} "
     head += f"{'ld128':>5} {'ld':>4} {'st128':>5} {'st':>4} {'instr':>6}"
     made = f"triton {importlib.metadata.version('triton')}, torch {torch.__version__}, compiled ahead of time on "
-    made += f"{date.today()}, run on no GPU; python -m benchmarks aot"
+    made += f"{date.today()}, run on no GPU; python -m tools.aot"
     lines = [made, head]
     print(*lines, sep="\n", flush=True)
     for target in args.targets:
@@ -243,3 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output:
         args.output.write_text("\n".join(lines) + "\n")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
