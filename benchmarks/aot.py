@@ -94,7 +94,7 @@ def record(N: int, D: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
     from isobn_kernels.backends import triton as backend
     from isobn_kernels.state import Options, State
 
-    kernels = backend.kernels
+    kernels, chosen = backend.kernels, backend.TritonBackend()
     found: dict[str, list[Launch]] = {}
     originals = {name: value for name, value in vars(kernels).items() if isinstance(value, KernelInterface)}
     x = torch.zeros(N, D, dtype=dtype)
@@ -102,10 +102,10 @@ def record(N: int, D: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
     count = torch.zeros((), dtype=torch.int64)
     state, options = State(cov, std, scale, count), Options()
     for function, call in (
-        ("train_forward", lambda: backend.train_forward(x, state, options)),
-        ("compute_scale", lambda: backend.compute_scale(state, options)),
-        ("apply_scale", lambda: backend.apply_scale(x, scale)),
-        ("train_backward", lambda: backend.train_backward(x, x, state, options)),
+        ("train_forward", lambda: chosen.train_forward(x, state, options)),
+        ("compute_scale", lambda: chosen.compute_scale(state, options)),
+        ("apply_scale", lambda: chosen.apply_scale(x, scale)),
+        ("train_backward", lambda: chosen.train_backward(x, x, state, options)),
     ):
         found[function] = []
         recorders = {name: _Recorder(name, kernel, found[function]) for name, kernel in originals.items()}

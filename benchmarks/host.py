@@ -32,9 +32,11 @@ from benchmarks import results
 from benchmarks.clocks import Call, Quartiles, quartiles, wall_clock
 from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
 from benchmarks.run import busy_reasons, grid
-from isobn_kernels import _checks, functional, isobn
-from isobn_kernels.backends import cpu, cuda
+from isobn_kernels import _checks, backends, functional, isobn
 from isobn_kernels.backends import triton as backend
+from isobn_kernels.backends.base import Backend
+from isobn_kernels.backends.cpu import CpuBackend
+from isobn_kernels.backends.cuda import CudaBackend
 from isobn_kernels.state import Options, State
 
 CASES = (((32, 768), torch.float32), ((32, 384), torch.bfloat16))
@@ -55,6 +57,9 @@ In the figures: a call that returns at once for each launch left out; memory fro
 
 def nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for a launch."""
+
+
+NOTHING = dict.fromkeys(("train_forward", "compute_scale", "apply_scale", "train_backward"), nothing)
 
 
 class NoKernel:
@@ -80,24 +85,44 @@ def stubbed_triton() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stubbed_cpu() -> Iterator[None]:
-    """The C++ backend calls nothing but the function that sizes its workspace."""
-    names = ("train_forward", "compute_scale", "apply_scale", "train_backward")
-    stub = SimpleNamespace(workspace_bytes=cpu._C.workspace_bytes, **dict.fromkeys(names, nothing))
-    with mock.patch.object(cpu, "_C", stub):
+def registered(stub: Backend) -> Iterator[None]:
+    """``stub`` stands in for the backend of its name."""
+    before = backends.load(stub.name)
+    backends.register(stub)
+    try:
         yield
+    finally:
+        backends.register(before)
+
+
+def stubbed_cpu() -> AbstractContextManager[None]:
+    """The C++ backend calls nothing but the function that sizes its workspace."""
+    from isobn_kernels import _C
+
+    return registered(CpuBackend(SimpleNamespace(workspace_bytes=_C.workspace_bytes, **NOTHING)))
+
+
+class StubbedCuda(CudaBackend):
+    """Takes CPU tensors, on a device that needs no trial."""
+
+    device_type = "cpu"
+
+    def machine_reason(self) -> None:
+        return None
+
+    def device_reason(self, device: int) -> None:
+        return None
+
+    def processor(self, x: torch.Tensor) -> tuple[int, int]:
+        return x.get_device(), 0
 
 
 @contextlib.contextmanager
 def stubbed_cuda() -> Iterator[None]:
-    """The CUDA backend takes CPU tensors and calls nothing; a workspace is as large as where a step is one launch."""
-    names = ("train_forward", "compute_scale", "apply_scale", "train_backward")
-    stub = SimpleNamespace(
-        **dict.fromkeys(names, nothing), workspace_bytes=lambda *args: 1536, MAX_ROWS=128, MAX_FEATURES=2048
-    )
+    """The CUDA backend calls nothing; a workspace is as large as where a step is one launch."""
+    stub = SimpleNamespace(**NOTHING, workspace_bytes=lambda *args: 1536, MAX_ROWS=128, MAX_FEATURES=2048)
     with (
-        mock.patch.multiple(cuda, _cuda=stub, _DEVICE_TYPE="cpu", _REASON=None),
-        mock.patch.multiple(cuda, _machine_reason=nothing, device_reason=nothing, _stream=lambda device: 0),
+        registered(StubbedCuda(stub)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
     ):
         yield
@@ -112,7 +137,7 @@ STUBS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 def missing() -> dict[str, str]:
     """The backends whose host code cannot run here, and why."""
-    reasons = {"triton": backend._MISSING, "cpu": cpu.unavailable_reason()}
+    reasons = {"triton": backend._MISSING, "cpu": backends.load("cpu").unavailable_reason()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -44,6 +44,7 @@ from benchmarks.clocks import Call, Clock, Quartiles, captured, event_clock, qua
 from benchmarks.measure import failure
 from benchmarks.providers import Shape, State, Step, draw, gate, one_step
 from benchmarks.run import grid
+from isobn_kernels import backends
 from isobn_kernels.backends import triton as backend
 from isobn_kernels.backends.triton import Config
 
@@ -283,7 +284,7 @@ def missing() -> str | None:
     """Why there is nothing to measure here, or None."""
     if backend.INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which runs the kernels without one: unset it"
-    return backend.unavailable_reason()
+    return backends.load("triton").unavailable_reason()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -42,26 +42,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
-
-NAME = "reference"
 
 # Rows of the batch in one matrix product: a longer one, of few columns, adds up inaccurately in some BLAS libraries.
 _ROWS = 4096
-
-
-def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, or None: it always can."""
-    return None
-
-
-def unsupported_reason(x: Tensor) -> str | None:
-    """Why this backend cannot take ``x``, or None: it takes every device."""
-    return None
-
-
-def too_few_rows(x: Tensor) -> bool:
-    return x.shape[0] < 2
 
 
 def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
@@ -234,3 +219,24 @@ def exact_float32_matmul(x: Tensor) -> Iterator[None]:
     finally:
         if reduced:
             matmul.fp32_precision = chosen
+
+
+class ReferenceBackend(Backend):
+    """The equations above as a backend: it runs everywhere and takes every tensor."""
+
+    name = "reference"
+
+    def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
+        return train_forward(x, state, options)
+
+    def compute_scale(self, state: State, options: Options) -> Tensor:
+        return compute_scale(state, options)
+
+    def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        return apply_scale(x, scale)
+
+    def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
+        return train_backward(dout, x, state, options)
+
+
+create = ReferenceBackend

@@ -49,7 +49,7 @@ def run(cuda, x, dout, dtype, bias_correction, device):
         cuda.train_forward(
             *there, *state, scale.ctypes.data, saved.ctypes.data, out.ctypes.data, *numbers, work[0].ctypes.data
         )
-    cuda.compute_scale(D, *state, computed.ctypes.data, *numbers, work[1].ctypes.data)
+    cuda.compute_scale(0, D, *state, computed.ctypes.data, *numbers, work[1].ctypes.data)
     cuda.apply_scale(*there, saved.ctypes.data, scaled.ctypes.data, device, stream)
     through = [*state, scale.ctypes.data, dx.ctypes.data]
     cuda.train_backward(dout.ctypes.data, *strides(dout), *there, *through, *numbers, work[2].ctypes.data)

@@ -117,7 +117,7 @@ def test_a_part_of_the_device_that_is_too_small_for_one_launch(tmp_path):
     with emulated_cuda.another_device(tmp_path) as emulator:
         assert_same(steps(17, 65, torch.float32), expected)
         emulator.isobn_emulation_device(1, True, 1, 232448, 48 << 10)
-        assert backends.load("cuda")._cuda.one_launch(0, 65, -1)  # as was planned
+        assert backends.load("cuda").extension.one_launch(0, 65, -1)  # as was planned
         assert_same(steps(17, 65, torch.float32), expected)
 
 
@@ -128,7 +128,7 @@ def test_more_rows_for_a_block_on_a_smaller_gpu(tmp_path, processors, groups):
     assert -(-D // (8 * groups)) <= processors < -(-D // (8 * (groups - 1)))
     expected = steps(32, D, torch.float32)
     with emulated_cuda.another_device(tmp_path, processors) as emulator:
-        assert backends.load("cuda")._cuda.one_launch(0, D, -1)
+        assert backends.load("cuda").extension.one_launch(0, D, -1)
         found = steps(32, D, torch.float32)
         emulator.isobn_emulation_order(1)
         assert_same(steps(32, D, torch.float32), found)
@@ -142,7 +142,7 @@ def test_more_rows_for_a_block_on_a_smaller_gpu(tmp_path, processors, groups):
 def test_shared_memory_that_is_too_small_for_one_launch(tmp_path):
     expected = steps(17, 640, torch.float32)
     with emulated_cuda.another_device(tmp_path, shared=20 << 10):
-        assert not backends.load("cuda")._cuda.one_launch(0, 640, -1)
+        assert not backends.load("cuda").extension.one_launch(0, 640, -1)
         assert_same(steps(17, 640, torch.float32), expected)
 
 
@@ -151,7 +151,7 @@ def test_shared_memory_that_needs_permission(tmp_path):
     shapes = [(17, 640, torch.float32), (17, 384, torch.float32)]
     expected = [steps(*shape) for shape in shapes]
     with emulated_cuda.another_device(tmp_path, without_permission=20 << 10):
-        assert all(backends.load("cuda")._cuda.one_launch(0, D, -1) for _, D, _ in shapes)
+        assert all(backends.load("cuda").extension.one_launch(0, D, -1) for _, D, _ in shapes)
         for shape, want in zip(shapes, expected, strict=True):
             assert_same(steps(*shape), want)
         assert_same(steps(*shapes[0]), expected[0])
@@ -215,16 +215,14 @@ def test_what_it_does_not_take_is_refused_in_words(N, D, dtype, words):
 
 
 def test_a_device_that_runs_no_kernel(monkeypatch):
-    cuda = backends.load("cuda")
+    cuda = emulated_cuda.EmulatedBackend(backends.load("cuda").extension)  # which has tried nothing yet
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     emulated_cuda.EMULATOR.isobn_emulation_fail_after(0)
-    cuda._tried.clear()
     try:
         reason = cuda.unsupported_reason(batch(2, 3))
     finally:
         emulated_cuda.EMULATOR.isobn_emulation_fail_after(-1)
-        cuda._tried.clear()
     for word in ("an old GPU of sm_75", "this build has code for", "cudaErrorInvalidValue"):
         assert word in reason
     assert cuda.unsupported_reason(batch(2, 3)) is None

@@ -55,7 +55,7 @@ PYBIND11_MODULE(_cuda, module) {
 
   module.def(
       "compute_scale",
-      [](int64_t D, Address running_cov, Address running_std, Address num_batches_tracked, Address scale,
+      [](int, int64_t D, Address running_cov, Address running_std, Address num_batches_tracked, Address scale,
          double momentum, double eps, double beta, bool bias_correction, int device, Address stream,
          Address workspace) {
         compute_scale(D, state(running_cov, running_std, num_batches_tracked), floats(scale),

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
-
-NAME = "triton"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -62,24 +61,6 @@ def config_for(N: int, D: int) -> Config:
     raise AssertionError("the last row takes any shape")
 
 
-def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, or None."""
-    if _MISSING is not None:
-        return _MISSING
-    if not INTERPRETED and not torch.cuda.is_available():
-        return "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests)"
-    return None
-
-
-def unsupported_reason(x: Tensor) -> str | None:
-    """Why this backend cannot take ``x``, or None."""
-    if x.dtype == torch.float64:
-        return "x is float64 and it takes float16, bfloat16 and float32: use the backend 'reference' or 'cpu'"
-    if x.is_cuda or (INTERPRETED and x.device.type == "cpu"):
-        return None
-    return f"x is on {x.device} and it takes GPU tensors"
-
-
 class _Plan:
     """Tiles, grids and size of the workspace of a call: what follows from the shape of the batch."""
 
@@ -115,133 +96,150 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def too_few_rows(x: Tensor) -> bool:
-    return x.shape[0] < 2
+class TritonBackend(Backend):
+    """The kernels of `isobn_kernels.backends.triton_kernels`."""
 
+    name = "triton"
 
-def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
-    running_cov, running_std, scale, num_batches_tracked = state
-    momentum, eps, beta, bias_correction = options
-    N, D = x.shape
-    plan, (row_stride, col_stride) = _plan(N, D), x.stride()
-    config, fused, summed = plan.config, D <= FUSED_FEATURES, N > ONE_PASS_ROWS
-    scale = torch.empty_like(running_std) if scale is None else scale
-    out = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    saved_scale = torch.empty_like(running_std)
-    work = plan.workspace(x, 1 if summed else 0)
-    with _on_device_of(x):
-        if summed:
-            _column_sums(plan, x, work)
-        kernels.update_pairs[plan.pairs](
-            x,
-            running_cov,
-            running_std,
-            num_batches_tracked,
-            work,
-            N,
-            row_stride,
-            col_stride,
-            plan.chunks,
-            plan.rows_per_chunk,
-            float(momentum),
-            **plan.sizes,
-            BLOCK_N=config.block_n,
-            WHOLE=config.block_n >= N,
-            SUMMED=summed,
-            BIAS_CORRECTION=bias_correction,
-            PRECISION=config.precision,
-            num_warps=plan.config.warps,
-        )
-        if not fused:
-            kernels.shrink[plan.grid](work, float(eps), float(beta), **plan.sizes, T_POW2=plan.tiles_pow2)
-        _finish(plan, x, out, saved_scale, scale, running_std, num_batches_tracked, work, eps, beta, fused)
-    written = (running_cov, running_std, scale, num_batches_tracked)
-    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
-    return out, saved_scale
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run here, or None."""
+        if _MISSING is not None:
+            return _MISSING
+        if not INTERPRETED and not torch.cuda.is_available():
+            return "there is no GPU that torch can use (TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests)"
+        return None
 
+    def unsupported_reason(self, x: Tensor) -> str | None:
+        """Why this backend cannot take ``x``, or None."""
+        if x.dtype == torch.float64:
+            return "x is float64 and it takes float16, bfloat16 and float32: use the backend 'reference' or 'cpu'"
+        if x.is_cuda or (INTERPRETED and x.device.type == "cpu"):
+            return None
+        return f"x is on {x.device} and it takes GPU tensors"
 
-def compute_scale(state: State, options: Options) -> Tensor:
-    running_cov, running_std, _, num_batches_tracked = state
-    momentum, eps, beta, bias_correction = options
-    plan = _plan(0, running_std.shape[0])
-    scale = torch.empty_like(running_std)
-    work = plan.workspace(running_std)
-    with _on_device_of(running_std):
-        _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
-        _finish(plan, None, None, scale, None, None, None, work, eps, beta, True)
-    return scale
-
-
-def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
-    N, D = x.shape
-    out = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    if N > 0:
-        block, block_n = min(256, max(16, 1 << (D - 1).bit_length())), 16
+    def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
+        running_cov, running_std, scale, num_batches_tracked = state
+        momentum, eps, beta, bias_correction = options
+        N, D = x.shape
+        plan, (row_stride, col_stride) = _plan(N, D), x.stride()
+        config, fused, summed = plan.config, D <= FUSED_FEATURES, N > ONE_PASS_ROWS
+        scale = torch.empty_like(running_std) if scale is None else scale
+        out = torch.empty((N, D), dtype=x.dtype, device=x.device)
+        saved_scale = torch.empty_like(running_std)
+        work = plan.workspace(x, 1 if summed else 0)
         with _on_device_of(x):
-            kernels.scale_rows[(-(-N // block_n), -(-D // block))](
-                x, scale, out, N, *x.stride(), D=D, BLOCK=block, BLOCK_N=block_n
+            if summed:
+                _column_sums(plan, x, work)
+            kernels.update_pairs[plan.pairs](
+                x,
+                running_cov,
+                running_std,
+                num_batches_tracked,
+                work,
+                N,
+                row_stride,
+                col_stride,
+                plan.chunks,
+                plan.rows_per_chunk,
+                float(momentum),
+                **plan.sizes,
+                BLOCK_N=config.block_n,
+                WHOLE=config.block_n >= N,
+                SUMMED=summed,
+                BIAS_CORRECTION=bias_correction,
+                PRECISION=config.precision,
+                num_warps=plan.config.warps,
             )
-    return out
+            if not fused:
+                kernels.shrink[plan.grid](work, float(eps), float(beta), **plan.sizes, T_POW2=plan.tiles_pow2)
+            _finish(plan, x, out, saved_scale, scale, running_std, num_batches_tracked, work, eps, beta, fused)
+        written = (running_cov, running_std, scale, num_batches_tracked)
+        torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+        return out, saved_scale
+
+    def compute_scale(self, state: State, options: Options) -> Tensor:
+        running_cov, running_std, _, num_batches_tracked = state
+        momentum, eps, beta, bias_correction = options
+        plan = _plan(0, running_std.shape[0])
+        scale = torch.empty_like(running_std)
+        work = plan.workspace(running_std)
+        with _on_device_of(running_std):
+            _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
+            _finish(plan, None, None, scale, None, None, None, work, eps, beta, True)
+        return scale
+
+    def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        N, D = x.shape
+        out = torch.empty((N, D), dtype=x.dtype, device=x.device)
+        if N > 0:
+            block, block_n = min(256, max(16, 1 << (D - 1).bit_length())), 16
+            with _on_device_of(x):
+                kernels.scale_rows[(-(-N // block_n), -(-D // block))](
+                    x, scale, out, N, *x.stride(), D=D, BLOCK=block, BLOCK_N=block_n
+                )
+        return out
+
+    def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
+        running_cov, running_std, scale, num_batches_tracked = state
+        momentum, eps, beta, bias_correction = options
+        N, D = x.shape
+        plan = _plan(N, D)
+        config, numbers = plan.config, (float(eps), float(beta))
+        warps = config.block // 8  # with fewer, some compilers spill a register
+        # NVIDIA's ptxas prefers spilling to losing occupancy, unless it is told how many registers a thread may have:
+        # all there are, up to 255. Triton has no such option for AMD, which does not need it.
+        limit = {} if torch.version.hip else {"maxnreg": min(255, 65536 // (32 * warps))}
+        dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
+        work = plan.workspace(x, 3)
+        with _on_device_of(x):
+            _column_sums(plan, x, work)
+            kernels.column_products[plan.chunk_grid](
+                x,
+                dout,
+                work,
+                N,
+                *x.stride(),
+                *dout.stride(),
+                plan.chunks,
+                plan.rows_per_chunk,
+                **plan.sizes,
+                BLOCK_N=config.block_n,
+                num_warps=warps,
+            )
+            _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
+            kernels.backward_features[plan.grid](
+                work,
+                N,
+                plan.chunks,
+                *numbers,
+                **plan.sizes,
+                T_POW2=plan.tiles_pow2,
+                num_warps=2,
+            )
+            kernels.gradient[plan.block_grid](
+                dout,
+                x,
+                running_cov,
+                scale,
+                work,
+                dx,
+                N,
+                *x.stride(),
+                *dout.stride(),
+                float(momentum),
+                *numbers,
+                **plan.sizes,
+                T_POW2=plan.tiles_pow2,
+                BLOCK_N=config.block_n,
+                PRECISION=config.precision,
+                num_warps=warps,
+                num_stages=1,  # loads ahead of their use would spill registers on gfx942 and sm_120
+                **limit,
+            )
+        return dx
 
 
-def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
-    running_cov, running_std, scale, num_batches_tracked = state
-    momentum, eps, beta, bias_correction = options
-    N, D = x.shape
-    plan = _plan(N, D)
-    config, numbers = plan.config, (float(eps), float(beta))
-    warps = config.block // 8  # with fewer, some compilers spill a register
-    # NVIDIA's assembler rather spills a register than misses a step of occupancy, unless it is told how many a thread
-    # may have: all that there are, up to 255. Triton has no such option for AMD, where there is no need of it.
-    limit = {} if torch.version.hip else {"maxnreg": min(255, 65536 // (32 * warps))}
-    dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    work = plan.workspace(x, 3)
-    with _on_device_of(x):
-        _column_sums(plan, x, work)
-        kernels.column_products[plan.chunk_grid](
-            x,
-            dout,
-            work,
-            N,
-            *x.stride(),
-            *dout.stride(),
-            plan.chunks,
-            plan.rows_per_chunk,
-            **plan.sizes,
-            BLOCK_N=config.block_n,
-            num_warps=warps,
-        )
-        _inspect(plan, running_cov, running_std, num_batches_tracked, work, momentum, bias_correction)
-        kernels.backward_features[plan.grid](
-            work,
-            N,
-            plan.chunks,
-            *numbers,
-            **plan.sizes,
-            T_POW2=plan.tiles_pow2,
-            num_warps=2,
-        )
-        kernels.gradient[plan.block_grid](
-            dout,
-            x,
-            running_cov,
-            scale,
-            work,
-            dx,
-            N,
-            *x.stride(),
-            *dout.stride(),
-            float(momentum),
-            *numbers,
-            **plan.sizes,
-            T_POW2=plan.tiles_pow2,
-            BLOCK_N=config.block_n,
-            PRECISION=config.precision,
-            num_warps=warps,
-            num_stages=1,  # loads ahead of their use would spill registers on gfx942 and sm_120
-            **limit,
-        )
-    return dx
+create = TritonBackend
 
 
 def _column_sums(plan: _Plan, x: Tensor, work: Tensor) -> None:
