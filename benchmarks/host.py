@@ -59,7 +59,7 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for a launch."""
 
 
-NOTHING = dict.fromkeys(("train_forward", "compute_scale", "apply_scale", "train_backward"), nothing)
+LAUNCHES = ("train_forward", "compute_scale", "apply_scale", "train_backward")
 
 
 class NoKernel:
@@ -99,7 +99,7 @@ def stubbed_cpu() -> AbstractContextManager[None]:
     """The C++ backend calls nothing but the function that sizes its workspace."""
     from isobn_kernels import _C
 
-    return registered(CpuBackend(SimpleNamespace(workspace_bytes=_C.workspace_bytes, **NOTHING)))
+    return registered(CpuBackend(SimpleNamespace(**{**vars(_C), **dict.fromkeys(LAUNCHES, nothing)})))
 
 
 class StubbedCuda(CudaBackend):
@@ -120,7 +120,14 @@ class StubbedCuda(CudaBackend):
 @contextlib.contextmanager
 def stubbed_cuda() -> Iterator[None]:
     """The CUDA backend calls nothing; a workspace is as large as where a step is one launch."""
-    stub = SimpleNamespace(**NOTHING, workspace_bytes=lambda *args: 1536, MAX_ROWS=128, MAX_FEATURES=2048)
+    stub = SimpleNamespace(
+        **dict.fromkeys(LAUNCHES, nothing),
+        workspace_bytes=lambda *args: 1536,
+        MAX_ROWS=128,
+        MAX_FEATURES=2048,
+        DTYPES={"float32": 0, "float16": 2, "bfloat16": 3},
+        **dict.fromkeys(("TRAIN_FORWARD", "COMPUTE_SCALE", "TRAIN_BACKWARD"), 0),
+    )
     with (
         registered(StubbedCuda(stub)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch

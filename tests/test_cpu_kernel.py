@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import stubs
 import torch
 from cases import CASES, kernels
 from helpers import batch, fresh, python, train_with_gradient, upstream
@@ -125,3 +126,7 @@ def test_power_of_a_small_number(extension, isa):
     with case.selected():
         for beta in (0.3, 1.1, 2.1):
             train_rightly(x, fresh(8), case, eps=1.1e-8, beta=beta, bias_correction=True)
+
+
+def test_the_stub_is_true(extension):
+    assert stubs.contents_of(extension) == stubs.stub_of("_C")

@@ -14,6 +14,7 @@ import emulated_cuda
 import numpy as np
 import oracle
 import pytest
+import stubs
 import torch
 from cases import REFERENCE, Case
 from helpers import assert_untouched, batch, fresh, same_bits, to_numpy, train_with_gradient, upstream, warm
@@ -243,6 +244,10 @@ def test_only_the_gpu_of_the_tensor_is_tried_out(monkeypatch):
     assert tried == [-1, 0]
 
 
+def test_the_stub_is_true():
+    assert stubs.contents_of(backends.load("cuda").extension) == stubs.stub_of("_cuda")
+
+
 # ---- Sanitizers ----
 
 SANITIZED = [  # N, D, dtype, layout in sanitized.py, bias correction, one launch
@@ -255,7 +260,6 @@ SANITIZED = [  # N, D, dtype, layout in sanitized.py, bias correction, one launc
     (33, 100, torch.float32, 0, True, False),
     (5, 1000, torch.float32, 0, False, True),
 ]
-CODE = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 
 
 def test_addresses_and_arithmetic_are_sound(tmp_path):
@@ -263,9 +267,9 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
     sanitizer = building.address_sanitizer()
     if sanitizer is None:
         pytest.skip("g++ has no AddressSanitizer: libasan is not installed")
-    given, expected = {}, {}
+    given, expected, codes = {}, {}, backends.load("cuda").dtypes
     for N, D, dtype, layout, bias_correction, whole in SANITIZED:
-        key = f"{N}x{D}/{CODE[dtype]},{layout},{int(bias_correction)},{int(whole)}"
+        key = f"{N}x{D}/{codes[dtype]},{layout},{int(bias_correction)},{int(whole)}"
         x, dout = batch(N, D, dtype=dtype), upstream(N, D, dtype=dtype)
         as_it_lies = torch.int16 if dtype == torch.bfloat16 else dtype
         given[f"{key}/x"], given[f"{key}/dout"] = (t.view(as_it_lies).numpy() for t in (x, dout))

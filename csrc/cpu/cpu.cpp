@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../formulas.h"
+#include "kernels.h"
 
 namespace isobn::cpu {
 namespace {
@@ -45,8 +46,6 @@ const Kernels<S>& kernels() {
 
 int64_t panels(int64_t D) { return (D + P - 1) / P; }
 int width(int64_t D, int64_t panel) { return int(std::min<int64_t>(P, D - panel * P)); }
-
-size_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 Strided panel_of(const Strided& x, int64_t panel) {
   const int64_t offset = panel * P * x.col_stride * int64_t(item_size(x.dtype));

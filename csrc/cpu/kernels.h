@@ -4,21 +4,11 @@
 // a tile of the covariance needs two panels that lie densely in cache whatever D is.
 #pragma once
 
-#include <cstdint>
+#include "../types.h"
 
 namespace isobn::cpu {
 
 constexpr int P = 64;
-
-enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
-
-// A matrix of any strides, in elements; `data` points at the first element of a panel's columns.
-struct Strided {
-  const void* data;
-  DType dtype;
-  int64_t row_stride;
-  int64_t col_stride;
-};
 
 // One tile (i, j) of the covariance, i <= j: rows i0.. of height hi, columns j0.. of width wj.
 template <class S>
@@ -69,6 +59,7 @@ constexpr int rows_per_chunk = 256;
 
 template <class S>
 struct Kernels {
+  // Of a Strided, `data` is the first element of the panel's columns.
   // (1), (2): centres one panel of x, returns whether every s_j is finite; a column whose s_j is not is zeroed.
   bool (*centre)(const Strided& x, int64_t N, int width, S* y, S* s);
   // (3)-(6) on one tile; `inspect` reads C as it is.

@@ -156,8 +156,6 @@ void run_step(StepKernel kernel, Step step, int64_t D, const Where& on, void* wo
 
 bool aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
-size_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 // Whether a row's columns can be accessed four at a time.
 bool wide_rows(const Strided& x, int64_t D) {
   return D % 4 == 0 && x.col_stride == 1 && x.row_stride % 4 == 0 && aligned(x.data, 4 * item_size(x.dtype));
@@ -166,8 +164,8 @@ bool wide_rows(const Strided& x, int64_t D) {
 Step make_step(int64_t D, const State& state, float* scale, const Options& options) {
   Step step{};
   step.D = D;
-  step.C = state.running_cov;
-  step.running_std = state.running_std;
+  step.C = static_cast<float*>(state.running_cov);
+  step.running_std = static_cast<float*>(state.running_std);
   step.count = state.num_batches_tracked;
   step.scale = scale;
   step.beta = float(options.beta);
@@ -255,8 +253,8 @@ void train_backward(const Strided& dout, const Strided& x, int64_t N, int64_t D,
   params.dout = dout.data;
   params.dout_row_stride = dout.row_stride;
   params.dout_col_stride = dout.col_stride;
-  params.C = state.running_cov;
-  params.running_std = state.running_std;
+  params.C = static_cast<const float*>(state.running_cov);
+  params.running_std = static_cast<const float*>(state.running_std);
   params.count = state.num_batches_tracked;
   params.scale = scale;
   params.dx = dx;

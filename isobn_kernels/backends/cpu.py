@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isobn_kernels.backends.native import DTYPES, NativeBackend
+from isobn_kernels.backends.native import NativeBackend
 
 
 class CpuBackend(NativeBackend):
@@ -34,7 +34,7 @@ class CpuBackend(NativeBackend):
         return (torch.get_num_threads(),)
 
     def _workspace(self, function: int, N: int, D: int, x: Tensor) -> Tensor:
-        size = self.extension.workspace_bytes(function, DTYPES[x.dtype], N, D, torch.get_num_threads())
+        size = self.extension.workspace_bytes(function, self.dtypes[x.dtype], N, D, torch.get_num_threads())
         return torch.empty(size, dtype=torch.uint8)
 
 

@@ -1,6 +1,7 @@
 """What the two compiled backends share: `isobn_kernels.backends.cpu` and `isobn_kernels.backends.cuda`.
 
-Their extensions take addresses, sizes and strides. They know nothing of torch, which costs them no build of torch.
+Their extensions take addresses, sizes and strides; the stubs `_C.pyi` and `_cuda.pyi` name the arguments. They are
+passed by position here: by name a call of `train_forward` takes 3.5 us in place of 2.5.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from torch import Tensor
 from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
 
-_TRAIN_FORWARD, _COMPUTE_SCALE, _TRAIN_BACKWARD = range(3)  # Function in csrc/cpu/cpu.h and csrc/cuda/cuda.h
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # DType there
-
 
 class NativeBackend(Backend):
     """The four functions by those of ``extension``; where there is none, ``missing`` says why."""
 
     def __init__(self, extension: Any, missing: str | None = None) -> None:
         self.extension, self.missing = extension, missing
+        numbers: dict[str, int] = {} if extension is None else extension.DTYPES
+        self.dtypes = {getattr(torch, name): number for name, number in numbers.items()}
 
     def unavailable_reason(self) -> str | None:
         return self.missing
@@ -41,10 +41,10 @@ class NativeBackend(Backend):
         scale = torch.empty_like(running_std) if scale is None else scale
         out = torch.empty((N, D), dtype=x.dtype, device=x.device)
         saved_scale = torch.empty_like(running_std)
-        workspace = self._workspace(_TRAIN_FORWARD, N, D, x)
+        workspace = self._workspace(self.extension.TRAIN_FORWARD, N, D, x)
         self.extension.train_forward(
             x.data_ptr(),
-            DTYPES[x.dtype],
+            self.dtypes[x.dtype],
             *x.stride(),
             N,
             D,
@@ -67,9 +67,9 @@ class NativeBackend(Backend):
         running_cov, running_std, _, num_batches_tracked = state
         (D,) = running_std.shape
         scale = torch.empty_like(running_std)
-        workspace = self._workspace(_COMPUTE_SCALE, 0, D, running_std)
+        workspace = self._workspace(self.extension.COMPUTE_SCALE, 0, D, running_std)
         self.extension.compute_scale(
-            DTYPES[running_std.dtype],
+            self.dtypes[running_std.dtype],
             D,
             running_cov.data_ptr(),
             running_std.data_ptr(),
@@ -86,7 +86,7 @@ class NativeBackend(Backend):
         if x.shape[0] > 0:
             self.extension.apply_scale(
                 x.data_ptr(),
-                DTYPES[x.dtype],
+                self.dtypes[x.dtype],
                 *x.stride(),
                 *x.shape,
                 scale.data_ptr(),
@@ -99,12 +99,12 @@ class NativeBackend(Backend):
         running_cov, running_std, _, num_batches_tracked = state
         N, D = x.shape
         dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
-        workspace = self._workspace(_TRAIN_BACKWARD, N, D, x)
+        workspace = self._workspace(self.extension.TRAIN_BACKWARD, N, D, x)
         self.extension.train_backward(
             dout.data_ptr(),
             *dout.stride(),
             x.data_ptr(),
-            DTYPES[x.dtype],
+            self.dtypes[x.dtype],
             *x.stride(),
             N,
             D,
