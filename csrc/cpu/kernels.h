@@ -21,8 +21,8 @@ struct Tile {
   const S* y_j;
   int64_t N;
   S keep, gain;               // C <- keep C + gain sum_n y_i y_j
-  const uint8_t* seen_i;      // per feature: whether this batch updates it; null: all of them
-  const uint8_t* seen_j;
+  const uint8_t* updated_i;   // per feature: is_updated(s_i); null where every feature is
+  const uint8_t* updated_j;
   const S* inv_i;             // 1 / sigma; inv_i also carries 1 / w
   const S* inv_j;
   S* row_sums;                // sum over this tile's columns of R_ij^2, (P,)
@@ -46,7 +46,7 @@ struct GradientPanel {
   const S* diag;      // dE + dE' t_i^2, twice
   const S* du_gamma;
   const S* s;
-  const uint8_t* seen;
+  const uint8_t* updated;
   const S* scale;
   S pair_gain;        // 2 / D
   S gain;             // m / (w N)
@@ -60,7 +60,7 @@ constexpr int rows_per_chunk = 256;
 template <class S>
 struct Kernels {
   // Of a Strided, `data` is the first element of the panel's columns.
-  // (1), (2): centres one panel of x, returns whether every s_j is finite; a column whose s_j is not is zeroed.
+  // (1), (2): centres one panel of x, returns whether all are updated; the column of one that is not is zeroed.
   bool (*centre)(const Strided& x, int64_t N, int width, S* y, S* s);
   // (3)-(6) on one tile; `inspect` reads C as it is.
   void (*update)(const Tile<S>& tile);

@@ -219,17 +219,15 @@ bool centre_rows(const Strided& x, int64_t N, int width, S* y, S* s) {
     for (int j = 0; j < P; ++j) row[j] -= mean[j];
     squares.add_products(row, row);
   }
-  bool all_finite = true;
+  bool all_updated = true;
   const double* const total_squares = squares.total();
   for (int j = 0; j < P; ++j) {
-    // Not finite, too, where the sum of squares is not one in S: no product of two columns is then larger than S holds.
-    const bool finite = total_squares[j] < 0.99 * double(Limits<S>::max);
-    s[j] = finite ? S(std::sqrt(total_squares[j] / double(N))) : S(INFINITY);
-    if (finite) continue;
-    all_finite = false;
+    s[j] = deviation<S>(total_squares[j], double(N));
+    if (is_updated(s[j])) continue;
+    all_updated = false;
     for (int64_t n = 0; n < N; ++n) y[n * P + j] = S(0);
   }
-  return all_finite;
+  return all_updated;
 }
 
 template <class X, class S>
@@ -436,12 +434,12 @@ inline void correlate(const Tile<S>& tile, int row, const S* old, int64_t old_st
 // R rows of a tile: the last of their product, and what becomes of it.
 template <bool kUpdate, int R, class S>
 inline void process_rows(const Tile<S>& tile, int row, const S* old, int64_t old_stride, S* fresh, S* C, S* col_sums) {
-  if (kUpdate && tile.seen_i != nullptr) {  // rare: a feature that this batch does not update keeps its bits
+  if (kUpdate && tile.updated_i != nullptr) {  // rare: a feature that this batch does not update keeps its bits
     for (int i = row; i < row + R; ++i)
       for (int j = 0; j < P; ++j) {
         const S c = old[i * old_stride + j];
         S* const to = fresh + i * P + j;
-        *to = tile.seen_i[i] && tile.seen_j[j] ? tile.keep * c + tile.gain * *to : c;
+        *to = tile.updated_i[i] && tile.updated_j[j] ? tile.keep * c + tile.gain * *to : c;
       }
     correlate<false, R>(tile, row, fresh, int64_t(P), fresh, C, tile.row_sums, col_sums);
   } else {
@@ -482,7 +480,7 @@ void process_tile(const Tile<S>& tile) {
     product(tile.y_i + done * P, int64_t(1), int64_t(P), P, tile.y_j + done * P, kChunk, fresh, done > 0);
   // The last chunk row by row with what follows it, which keeps other parts of the processor busy than the product.
   S col_sums[P] = {};
-  const bool whole = tile.wj == P && tile.seen_i == nullptr;
+  const bool whole = tile.wj == P && tile.updated_i == nullptr;
   const auto finish = [&](auto R, int row) {
     if (kUpdate) {
       for (int i = row; i < row + R(); ++i)  // for the product to hide what it takes to fetch them
@@ -550,7 +548,7 @@ void gradient_rows(const GradientPanel<S>& panel) {
       for (int j = 0; j < P; ++j) {
         const S s = panel.s[j0 + j];
         const S h = panel.du_gamma[j0 + j] - S(dR_R[j]) * panel.inv[j0 + j];
-        h_over_s[j] = panel.seen[j0 + j] && s > S(0) ? h / s : S(0);
+        h_over_s[j] = panel.updated[j0 + j] && s > S(0) ? h / s : S(0);
       }
     for (int n = 0; n < rows; ++n) {
       S row[P];
@@ -559,7 +557,7 @@ void gradient_rows(const GradientPanel<S>& panel) {
       const S* y = panel.y + j0 * panel.N + (n0 + n) * P;
       for (int j = 0; j < P; ++j) {
         const S through_statistics = panel.gain * (Z[n * P + j] + y[j] * h_over_s[j]);
-        row[j] = row[j] * panel.scale[j0 + j] + (panel.seen[j0 + j] ? through_statistics : S(0));
+        row[j] = row[j] * panel.scale[j0 + j] + (panel.updated[j0 + j] ? through_statistics : S(0));
       }
       store_row(row, panel.wj, static_cast<X*>(panel.dx) + (n0 + n) * D);
     }

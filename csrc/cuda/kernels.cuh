@@ -172,7 +172,7 @@ struct alignas(16) StepShared {
   float y[kMaxRows * kRows];                    // the batch, centred, in the columns that are this group's rows
   float warp_sums[kMaxThreads / kWarp][kRows];  // of R_ij^2
   float mean[kRows], sigma[kRows], inv[kRows], diagonal[kRows];  // of a group's rows; sigma / w, 1 / that
-  int seen[kRows];
+  int updated[kRows];
   double E, E_prime;  // of the groups so far; thread 0's
   float w;
   float ratio;  // (9): sqrt(E / (E' + eps)), or negative where E == 0
@@ -195,7 +195,7 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
 
   // (1): the mean over n in sequence, as the sums below, so that it has the same bits in every block.
   float x_0[kColumns] = {}, mean[kColumns] = {}, sigma[kColumns], inv[kColumns];
-  bool seen[kColumns];
+  bool updated[kColumns];
   if (kUpdate) {
     columns.load(x, p.col_stride, x_0);
 #pragma unroll 8
@@ -248,10 +248,9 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
       }
 #pragma unroll
       for (int v = 0; v < kColumns; ++v) {
-        // Not where the sum of squares overflows, either: no product of two columns is then larger than float32 holds.
-        seen[v] = squares[v] < 0.9999f * Limits<float>::max;
-        if (seen[v] && group == 0)  // (4)
-          sigma[v] = ::fmaf(p.m, ::sqrtf(squares[v] / float(N)), p.keep * sigma[v]);
+        const float s = deviation<float>(squares[v], float(N));
+        updated[v] = is_updated(s);
+        if (updated[v] && group == 0) sigma[v] = ::fmaf(p.m, s, p.keep * sigma[v]);  // (4)
       }
     } else {
       __syncthreads();  // w
@@ -268,7 +267,7 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
       if (r < 0 || r >= kRows) continue;
       shared.sigma[r] = p.bias_correction ? sigma[v] / shared.w : sigma[v];
       shared.inv[r] = inv[v] / shared.w;
-      shared.seen[r] = kUpdate && seen[v];
+      shared.updated[r] = kUpdate && updated[v];
       kept_sigma[group * kRows + r] = sigma[v];
     }
     __syncthreads();
@@ -278,12 +277,12 @@ __device__ void gather(const Step& p, StepShared& shared, float* kept) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float inv_i = shared.inv[r];
-      const bool seen_i = shared.seen[r];
+      const bool updated_i = shared.updated[r];
       sums[r] = 0;
       if (i0 + r >= D) continue;
 #pragma unroll
       for (int v = 0; v < kColumns; ++v) {
-        if (kUpdate && seen_i && seen[v]) c[r][v] = ::fmaf(p.gain, product[r][v], p.keep * c[r][v]);
+        if (kUpdate && updated_i && updated[v]) c[r][v] = ::fmaf(p.gain, product[r][v], p.keep * c[r][v]);
         const float R = clamp(correlation(c[r][v], inv_i, inv[v]), -1.0f, 1.0f);
         sums[r] = ::fmaf(R, R, sums[r]);  // 0 past the last column: C is loaded as 0 there, and 1/0 := 0
         if (columns.at(v) == i0 + r) shared.diagonal[r] = c[r][v];
@@ -439,6 +438,7 @@ struct alignas(16) GradientShared {
   float M[kRows][kWarp + 1];     // G + G^T
   float h_over_s[kRows];
   double energies[kRows][3];
+  EnergyGradient all;
   float w;
 };
 
@@ -461,13 +461,13 @@ __global__ void __launch_bounds__(kGradientThreads) backward_rows(const Gradient
     for (int k = 0; k < 3; ++k) shared.energies[row][k] = 0;
   if (i < D) {
     const float w = shared.w, sigma = p.running_std[i] / w, inv_i = reciprocal(sigma);
-    float squares = 0;
+    float R_squares = 0;
     for (int64_t j = lane; j < D; j += kWarp) {
       const float inv_j = reciprocal(p.running_std[j] / w);
       const float R = clamp(correlation(upper(p.C, D, i, j), inv_i / w, inv_j), -1.0f, 1.0f);
-      squares = ::fmaf(R, R, squares);
+      R_squares = ::fmaf(R, R, R_squares);
     }
-    const float gamma = warp_sum(squares) / float(D);
+    const float gamma = warp_sum(R_squares) / float(D);
     const float t = shrinkage(gamma, sigma, float(p.eps), p.beta);
 
     const X* const x = static_cast<const X*>(p.x) + i * p.col_stride;
@@ -481,16 +481,15 @@ __global__ void __launch_bounds__(kGradientThreads) backward_rows(const Gradient
     }
     const float mean = warp_sum(sum) / float(p.N);
     g = warp_sum(g);
-    float deviations = 0;
+    float squares = 0;
     for (int n = lane; n < p.N; n += kWarp) {
       const float y = widen(x[n * p.row_stride]) - x_0 - mean;
-      deviations = ::fmaf(y, y, deviations);
+      squares = ::fmaf(y, y, squares);
     }
-    deviations = warp_sum(deviations);
+    squares = warp_sum(squares);
     if (lane == 0) {
-      const bool seen = deviations < 0.9999f * Limits<float>::max;
       p.mean[i] = mean;
-      p.s[i] = seen ? ::sqrtf(deviations / float(p.N)) : -1.0f;  // a negative one marks a feature that was skipped
+      p.s[i] = deviation<float>(squares, float(p.N));
       p.gamma[i] = gamma;
       p.t[i] = t;
       p.g[i] = g;
@@ -518,22 +517,17 @@ __global__ void __launch_bounds__(kGradientThreads) backward_features(const Grad
     const double E = sum_of_blocks<3>(p.energies, p.blocks, 0), E_prime = sum_of_blocks<3>(p.energies, p.blocks, 1);
     const double dr = sum_of_blocks<3>(p.energies, p.blocks, 2);
     if (threadIdx.x == 0) {
-      const double r = E == 0 ? 0 : energy_ratio(E, E_prime, p.eps);  // 0: scale is 1, whatever the batch
-      shared.energies[0][0] = r;
-      shared.energies[0][1] = E == 0 ? 0 : dr * r / (2 * E);              // dE
-      shared.energies[0][2] = E == 0 ? 0 : -dr * r / (2 * (E_prime + p.eps));  // dE'
+      shared.all = energy_gradient(E, E_prime, dr, p.eps);
     }
   }
   __syncthreads();
   if (i >= p.D) return;
-  const double r = shared.energies[0][0], dE = shared.energies[0][1], dE_prime = shared.energies[0][2];
-  const double w = shared.w, sigma = p.running_std[i] / shared.w, t = p.t[i], gamma = p.gamma[i];
-  const double C_ii = p.C[i * p.D + i] / w;
-  const double dt = (r == 0 ? 0 : double(p.g[i]) * r) + 2 * dE_prime * C_ii * t;
-  const double du = -double(p.beta) * dt * ::pow(gamma * sigma + p.eps, -double(p.beta) - 1);
-  p.dgamma[i] = float(du * sigma);
-  p.du_gamma[i] = float(du * gamma);
-  p.diagonal[i] = float(2 * (dE + dE_prime * t * t));
+  const double C_ii = p.C[i * p.D + i] / double(shared.w);
+  const FeatureGradient of = feature_gradient(shared.all, p.g[i], C_ii, p.running_std[i] / shared.w, p.gamma[i], p.t[i],
+                                              p.eps, p.beta);
+  p.dgamma[i] = float(of.dgamma);
+  p.du_gamma[i] = float(of.du_gamma);
+  p.diagonal[i] = float(of.diagonal);
 }
 
 // dx: a block for kRows features j. Tiles of kWarp features i: y_ni, and G_ij + G_ji as it is needed.
@@ -553,10 +547,10 @@ __global__ void __launch_bounds__(kGradientThreads) gradient(const Gradient p) {
   float sums[kOutputs] = {}, dR_R = 0;
   for (int64_t i0 = 0; i0 < D; i0 += kWarp) {
     const int64_t i = i0 + lane;
-    const bool seen = i < D && p.s[i] >= 0;
-    const float x_0 = seen ? widen(x[i * p.col_stride]) : 0, mean = seen ? p.mean[i] : 0;
+    const bool updated = i < D && is_updated(p.s[i]);
+    const float x_0 = updated ? widen(x[i * p.col_stride]) : 0, mean = updated ? p.mean[i] : 0;
     for (int n = row; n < p.N; n += kRows)
-      shared.y[n][lane] = seen ? widen(x[n * p.row_stride + i * p.col_stride]) - x_0 - mean : 0;
+      shared.y[n][lane] = updated ? widen(x[n * p.row_stride + i * p.col_stride]) - x_0 - mean : 0;
     float M = 0;
     if (i < D && j < D) {
       // In the order of the upper triangle: |R_ij| < 1 is decided once for i and j.
@@ -590,7 +584,7 @@ __global__ void __launch_bounds__(kGradientThreads) gradient(const Gradient p) {
     const int64_t at = j0 + r;
     if (n >= p.N || at >= D) break;
     float value = widen(static_cast<const X*>(p.dout)[n * p.dout_row_stride + at * p.dout_col_stride]) * p.scale[at];
-    if (p.s[at] >= 0) {
+    if (is_updated(p.s[at])) {
       const float y = widen(x[n * p.row_stride + at * p.col_stride]) - widen(x[at * p.col_stride]) - p.mean[at];
       value += gain * (sums[k] + y * shared.h_over_s[r]);
     }
