@@ -33,10 +33,9 @@ from benchmarks.clocks import Call, Quartiles, quartiles, wall_clock
 from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
 from benchmarks.run import busy_reasons, grid
 from isobn_kernels import _checks, backends, functional, isobn
-from isobn_kernels.backends import triton as backend
-from isobn_kernels.backends.base import Backend
 from isobn_kernels.backends.cpu import CpuBackend
 from isobn_kernels.backends.cuda import CudaBackend
+from isobn_kernels.backends.triton.launches import TritonBackend, create
 from isobn_kernels.state import Options, State
 
 CASES = (((32, 768), torch.float32), ((32, 384), torch.bfloat16))
@@ -72,34 +71,21 @@ class NoKernel:
 @contextlib.contextmanager
 def stubbed_triton() -> Iterator[None]:
     """The Triton backend takes CPU tensors, as in the interpreter, and launches nothing."""
-    from triton.runtime import KernelInterface
+    from isobn_kernels.backends.triton import kernels
 
-    found = vars(backend.kernels).items()
-    stubs: dict[str, Any] = {name: NoKernel() for name, value in found if isinstance(value, KernelInterface)}
+    stub = SimpleNamespace(**{name: NoKernel() for name in kernels.__all__})
     with (
-        mock.patch.multiple(backend.kernels, **stubs),
-        mock.patch.object(backend, "INTERPRETED", True),
+        backends.replaced(TritonBackend(stub, interpreted=True)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
     ):
         yield
-
-
-@contextlib.contextmanager
-def registered(stub: Backend) -> Iterator[None]:
-    """``stub`` stands in for the backend of its name."""
-    before = backends.load(stub.name)
-    backends.register(stub)
-    try:
-        yield
-    finally:
-        backends.register(before)
 
 
 def stubbed_cpu() -> AbstractContextManager[None]:
     """The C++ backend calls nothing but the function that sizes its workspace."""
     from isobn_kernels import _C
 
-    return registered(CpuBackend(SimpleNamespace(**{**vars(_C), **dict.fromkeys(LAUNCHES, nothing)})))
+    return backends.replaced(CpuBackend(SimpleNamespace(**{**vars(_C), **dict.fromkeys(LAUNCHES, nothing)})))
 
 
 class StubbedCuda(CudaBackend):
@@ -129,7 +115,7 @@ def stubbed_cuda() -> Iterator[None]:
         **dict.fromkeys(("TRAIN_FORWARD", "COMPUTE_SCALE", "TRAIN_BACKWARD"), 0),
     )
     with (
-        registered(StubbedCuda(stub)),
+        backends.replaced(StubbedCuda(stub)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
     ):
         yield
@@ -144,7 +130,7 @@ STUBS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 def missing() -> dict[str, str]:
     """The backends whose host code cannot run here, and why."""
-    reasons = {"triton": backend._MISSING, "cpu": backends.load("cpu").unavailable_reason()}
+    reasons = {"triton": create().missing, "cpu": backends.load("cpu").unavailable_reason()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks tune [--quick]
 
-For each row of `isobn_kernels.backends.triton.TABLE`, at shapes that the row serves, in float32 and bfloat16:
+For each row of `isobn_kernels.backends.triton.config.TABLE`, at shapes that the row serves, in float32 and bfloat16:
 
 1. Each candidate takes the place of the row and one training step, which is compared with the reference in float64. One
    that is wrong, does not compile or does not fit the GPU is reported, and not timed.
@@ -14,8 +14,8 @@ For each row of `isobn_kernels.backends.triton.TABLE`, at shapes that the row se
    that one is right in the backward of stop_gradient=False, too, which takes its block sizes from the same row.
 
 --quick tries only candidates that differ from the row in one number, in fewer rounds. Nothing is written: the last
-thing printed is the table, for isobn_kernels/backends/triton.py. It takes its time: some candidates need more than ten
-seconds to compile, for each D and dtype.
+thing printed is the table, for isobn_kernels/backends/triton/config.py. It takes its time: some candidates need more
+than ten seconds to compile, for each D and dtype.
 
 Of this command only what needs no GPU has ever run: the measuring is unproven.
 
@@ -34,8 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import astuple
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
-from unittest import mock
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,10 +44,10 @@ from benchmarks.measure import failure
 from benchmarks.providers import Shape, State, Step, draw, gate, one_step
 from benchmarks.run import grid
 from isobn_kernels import backends
-from isobn_kernels.backends import triton as backend
-from isobn_kernels.backends.triton import Config
+from isobn_kernels.backends.triton.config import _ANY, TABLE, Config, Settings
+from isobn_kernels.backends.triton.launches import INTERPRETED, TritonBackend
 
-Row = tuple[int, int, Config]  # of backend.TABLE
+Row = tuple[int, int, Config]  # of TABLE
 Cell = tuple[Shape, str]  # shape and dtype
 CLOCKS: dict[str, Clock] = {"wall": wall_clock, "events": event_clock, "graph": event_clock}
 
@@ -84,14 +83,20 @@ def shapes_of(index: int) -> list[Shape]:
     """The shapes that row ``index`` of the table serves."""
     marker = Config(0, 0, 0, "")
     with instead(index, marker):
-        return [shape for shape in SHAPES if backend.config_for(*shape) is marker]
+        return [shape for shape in SHAPES if config_for(*shape) is marker]
+
+
+def config_for(N: int, D: int) -> Config:
+    """The entry in use for a shape."""
+    return cast(TritonBackend, backends.load("triton")).settings.config_for(N, D)
 
 
 def instead(index: int, config: Config) -> AbstractContextManager[Any]:
     """Inside, ``config`` is the entry of row ``index``."""
-    most_n, most_d, _ = backend.TABLE[index]
-    row = (most_n, most_d, config)
-    return mock.patch.object(backend, "TABLE", (*backend.TABLE[:index], row, *backend.TABLE[index + 1 :]))
+    most_n, most_d, _ = TABLE[index]
+    table = (*TABLE[:index], (most_n, most_d, config), *TABLE[index + 1 :])
+    present = cast(TritonBackend, backends.load("triton"))
+    return backends.replaced(TritonBackend(present.kernels, present.missing, Settings(table)))
 
 
 # ---- Measuring ----
@@ -220,7 +225,7 @@ def choose(
 
 def tune(index: int, quick: bool, clock_name: str) -> Config | None:
     """The best entry for row ``index``, or None where no candidate is right. Prints what it measured."""
-    row = backend.TABLE[index]
+    row = TABLE[index]
     cells = [(shape, dtype) for shape in shapes_of(index) for dtype in DTYPES]
     times: Times = {config: {} for config in candidates(row, quick)}
     reasons: dict[Config, str] = {}
@@ -259,7 +264,7 @@ def config_text(config: Config) -> str:
 
 def row_text(row: Row) -> str:
     most_n, most_d, config = row
-    limits = ["_ANY" if most == backend._ANY else str(most) for most in (most_n, most_d)]
+    limits = ["_ANY" if most == _ANY else str(most) for most in (most_n, most_d)]
     return f"({', '.join(limits)}, {config_text(config)})"
 
 
@@ -282,7 +287,7 @@ def time_table(times: Times, ratios: dict[Config, float], reasons: dict[Config, 
 
 def missing() -> str | None:
     """Why there is nothing to measure here, or None."""
-    if backend.INTERPRETED:
+    if INTERPRETED:
         return "TRITON_INTERPRET=1 is set, which runs the kernels without one: unset it"
     return backends.load("triton").unavailable_reason()
 
@@ -303,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     print(here)
     x, _, state = example(((32, 768), "float32"), "cuda")
     clock_name = clock_for(partial(one_step, x.detach(), state, "triton"))
-    winners = [tune(index, args.quick, clock_name) for index in range(len(backend.TABLE))]
-    table = tuple((*row[:2], winner or row[2]) for row, winner in zip(backend.TABLE, winners, strict=True))
+    winners = [tune(index, args.quick, clock_name) for index in range(len(TABLE))]
+    table = tuple((*row[:2], winner or row[2]) for row, winner in zip(TABLE, winners, strict=True))
     print(f"\n{table_text(table, f'Measured by {command}: {here}.')}")
     return int(None in winners)

@@ -14,7 +14,7 @@ import torch
 from helpers import to_numpy
 
 from isobn_kernels import available_backends, backends, functional, isobn
-from isobn_kernels.backends import cpu, triton
+from isobn_kernels.backends.triton import config as triton
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -450,7 +450,7 @@ def test_a_verdict_needs_all_pairs_and_the_quartiles():
 
 def test_both_processes_answer():
     """The protocol, with the package of this checkout on both sides."""
-    package = Path(cpu.__file__).parents[2]
+    package = Path(backends.__file__).parents[2]
     args = compare.argparse.Namespace(device="cpu", dtype="float32", threads=1, backend="reference")
     args.shapes, args.pairs, args.rounds = [(4, 8)], 1, 3
     backend, found = compare.measure((package, package), args)
@@ -535,28 +535,28 @@ def test_candidates():
 
 
 def test_a_candidate_takes_the_place_of_its_row_and_leaves_it():
-    before = triton.TABLE
+    before = backends.load("triton")
     with tune.instead(1, THIRD):
-        assert triton.config_for(16, 768) is THIRD
-        assert triton.config_for(16, 384) is before[0][2]
-        assert triton.config_for(32, 768) is before[3][2]
-    assert triton.TABLE is before
+        assert tune.config_for(16, 768) is THIRD
+        assert tune.config_for(16, 384) is triton.TABLE[0][2]
+        assert tune.config_for(32, 768) is triton.TABLE[3][2]
+    assert backends.load("triton") is before
     with pytest.raises(ZeroDivisionError), tune.instead(1, THIRD):
         raise ZeroDivisionError
-    assert triton.TABLE is before
+    assert backends.load("triton") is before
 
 
 def test_the_candidate_of_a_step_is_in_place_for_that_step_only(monkeypatch):
     def one_step(x, state, name):
         assert name == "triton"
-        assert triton.config_for(8, 384) is SECOND
+        assert tune.config_for(8, 384) is SECOND
         raise RuntimeError("out of shared memory")
 
-    before = triton.TABLE
+    before = backends.load("triton")
     monkeypatch.setattr(tune, "one_step", one_step)
     with pytest.raises(RuntimeError, match="shared memory"):
         tune.step_with(0, SECOND)(None, None)
-    assert triton.TABLE is before
+    assert backends.load("triton") is before
 
 
 def test_the_ranking_is_by_the_geometric_mean():
@@ -611,7 +611,7 @@ def test_the_yardstick_of_candidates_equals_the_oracle(stop_gradient):
 
 def test_the_gate_through_the_statistics(monkeypatch):
     def one_step(x, state, name, stop_gradient):
-        assert (triton.config_for(8, 12) is SECOND) == (name == "triton")
+        assert (tune.config_for(8, 12) is SECOND) == (name == "triton")
         return real(x, state, "reference", stop_gradient or (forgets and name == "triton"))
 
     real, cells = tune.one_step, [((8, 12), "float32")]
@@ -658,9 +658,7 @@ def test_tuning_needs_a_gpu(interpret):
 
 
 def replaced_by_stubs():
-    kernels = [] if triton._MISSING else vars(triton.kernels).values()
-    replaced = [backends.load(name) for name in backends.NAMES]
-    return list(map(id, [*kernels, *replaced, triton.INTERPRETED, functional._SMALL]))
+    return [*(id(backends.load(name)) for name in backends.NAMES), functional._SMALL]
 
 
 @pytest.mark.parametrize("name", [name for name in host.STUBS if name not in host.missing()])

@@ -6,9 +6,11 @@ that returns the backend of this process, and name the module below.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
 from functools import cache
 
 from torch import Tensor
@@ -19,7 +21,7 @@ from isobn_kernels.state import Where
 # Fastest first.
 _MODULES = {
     "cuda": "isobn_kernels.backends.cuda",
-    "triton": "isobn_kernels.backends.triton",
+    "triton": "isobn_kernels.backends.triton.launches",
     "cpu": "isobn_kernels.backends.cpu",
     "reference": "isobn_kernels.reference",
 }
@@ -48,6 +50,17 @@ def register(backend: Backend) -> None:
     """Hand out ``backend`` under its name from now on, in place of the one before."""
     _registered[backend.name] = backend
     _auto_order.cache_clear()
+
+
+@contextlib.contextmanager
+def replaced(backend: Backend) -> Iterator[None]:
+    """Inside, ``backend`` is handed out under its name."""
+    before = load(backend.name)
+    register(backend)
+    try:
+        yield
+    finally:
+        register(before)
 
 
 def available_backends() -> tuple[str, ...]:
