@@ -312,7 +312,7 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
 
 # ---- The emulator itself ----
 
-# What is taken out of kernels.cuh, and must be missed.
+# What is taken out of step.cuh, and must be missed.
 BARRIERS = {
     "of the grid": ("  if (p.phase == Phase::whole) cooperative_groups::this_grid().sync();\n", ""),
     "before the product": ("      __syncthreads();\n\n      // (2) and (3).", "      // (2) and (3)."),
@@ -326,7 +326,7 @@ def test_a_missing_barrier_is_seen(tmp_path, name):
         shutil.copytree(ROOT / folder, sources / folder)
     for file in ("building.py", "emulated_cuda.py"):
         shutil.copy(ROOT / "tests" / file, sources / "tests")
-    kernels = sources / "csrc/cuda/kernels.cuh"
+    kernels = sources / "csrc/cuda/step.cuh"
     text, (barrier, instead) = kernels.read_text(), BARRIERS[name]
     assert text.count(barrier) == 1
     kernels.write_text(text.replace(barrier, instead))
