@@ -90,14 +90,14 @@ class AcrossRanks(Backend):
         B = _sum_over_ranks(products, self.group) / n  # (3)
         s = B.diagonal().sqrt()  # (2)
         varies = n >= 2
-        C, sigma = reference.moved(running_cov, running_std, B, s, options.momentum)
+        C, sigma = reference.moving_averages(running_cov, running_std, B, s, options.momentum)
         C, sigma = torch.where(varies, C, running_cov), torch.where(varies, sigma, running_std)
         count = None if num_batches_tracked is None else num_batches_tracked + varies
         saved_scale = self.backend.compute_scale(State(C, sigma, None, count), options)
         if scale is not None:
             saved_scale = torch.where(varies, saved_scale, scale)
         out = reference.apply_scale(x, saved_scale)
-        # Nothing is written before all of it is there: an error leaves the state as it was.
+        # Compute everything first, then write: if anything raises, the state is unchanged.
         running_cov.copy_(C)
         running_std.copy_(sigma)
         if scale is not None:

@@ -8,6 +8,7 @@ not, a step is two ordinary launches). Larger ones are left to other backends.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,18 @@ class CudaBackend(NativeBackend):
 
     def __init__(self, extension: Any, missing: str | None = None) -> None:
         super().__init__(extension, missing)
-        self._machine: list[str | None] = []
         self._tried: set[int] = set()  # GPUs that a kernel ran on; a failure may pass, as when memory is short
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run here, or None.
 
-        To try a device out initialises CUDA: left to `unsupported_reason` until something else has done that.
+        Trying a device initialises CUDA. It is left to `unsupported_reason` unless something else has initialised it.
         """
-        if self.missing is not None:
-            return self.missing
-        if not self._machine:
-            self._machine.append(self.machine_reason())
-        return self._machine[0] or (self._devices_reason() if torch.cuda.is_initialized() else None)
+        return self.missing or self._machine_reason or (self._devices_reason() if torch.cuda.is_initialized() else None)
+
+    @cached_property
+    def _machine_reason(self) -> str | None:
+        return self.machine_reason()
 
     def machine_reason(self) -> str | None:
         """Why no GPU of this machine can run these kernels, or None."""
@@ -49,7 +49,7 @@ class CudaBackend(NativeBackend):
             return f"there is no GPU that torch can use; {self._built()}"
         driver, runtime = self.extension.driver_version(), self.extension.runtime_version()
         if driver == 0:
-            return f"there is no driver of NVIDIA's; {self._built()}"
+            return f"there is no NVIDIA driver; {self._built()}"
         if driver // 1000 < runtime // 1000:
             return (
                 f"the driver is too old: it supports CUDA {_version(driver)}, and {self._built()} of CUDA "
@@ -58,7 +58,7 @@ class CudaBackend(NativeBackend):
         return None
 
     def _devices_reason(self) -> str | None:
-        # A launch makes a context (half a GB), which a GPU that this process never uses must not get: of several,
+        # A launch makes a context (half a GB), which a GPU that this process never uses must not get. Of several GPUs
         # `unsupported_reason` tries the one that the tensor is on.
         return self.device_reason(0) if torch.cuda.device_count() == 1 else None
 
