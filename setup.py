@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import time
+from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -34,6 +35,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
         "-mprefer-vector-width=512",
     ]
+
+HEADERS = glob("csrc/*.h")
 
 # The GPUs that there is machine code for, as far as nvcc knows them; others take the PTX of the first or the last.
 CUDA_ARCHS = [80, 86, 89, 90, 100, 120]
@@ -124,7 +127,7 @@ setup(
         Pybind11Extension(
             "isobn_kernels._C",
             ["csrc/bindings.cpp", "csrc/cpu/cpu.cpp"],
-            depends=["csrc/formulas.h", "csrc/cpu/cpu.h", "csrc/cpu/kernels.h", "csrc/cpu/kernels.inl"],
+            depends=[*HEADERS, *glob("csrc/cpu/*.h"), *glob("csrc/cpu/*.inl")],
             cxx_std=17,
             extra_compile_args=CXX_FLAGS,
             extra_link_args=["-fopenmp"],
@@ -133,7 +136,7 @@ setup(
         Pybind11Extension(
             "isobn_kernels._cuda",
             ["csrc/cuda/bindings.cpp"],
-            depends=["csrc/formulas.h", "csrc/cuda/cuda.h", "csrc/cuda/kernels.cuh"],
+            depends=[*HEADERS, *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh")],
             cxx_std=17,
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,

@@ -26,9 +26,10 @@ import torch
 from benchmarks import parser_for, results
 from benchmarks.clocks import Call, Sampler, interleaved, quartiles, wall
 from benchmarks.providers import BETA, EPS, MOMENTUM, Shape
-from isobn_kernels import _checks, functional, isobn
-from isobn_kernels.backends import cpu, cuda
-from isobn_kernels.backends import triton as backend
+from isobn_kernels import _checks, backends, functional, isobn
+from isobn_kernels.backends.cpu import CpuBackend
+from isobn_kernels.backends.cuda import CudaBackend
+from isobn_kernels.backends.triton.launches import TritonBackend, create
 from isobn_kernels.state import Options, State
 
 CASES = (((32, 768), torch.float32), ((32, 384), torch.bfloat16))
@@ -50,6 +51,9 @@ def nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for a launch."""
 
 
+LAUNCHES = ("train_forward", "compute_scale", "apply_scale", "train_backward")
+
+
 class NoKernel:
     """Stands in for a kernel: ``kernel[grid](...)`` returns at once."""
 
@@ -60,37 +64,51 @@ class NoKernel:
 @contextlib.contextmanager
 def stubbed_triton() -> Iterator[None]:
     """The Triton backend takes CPU tensors, as in the interpreter, and launches nothing."""
-    from triton.runtime import KernelInterface
+    from isobn_kernels.backends.triton import kernels
 
-    found = vars(backend.kernels).items()
-    stubs: dict[str, Any] = {name: NoKernel() for name, value in found if isinstance(value, KernelInterface)}
+    stub = SimpleNamespace(**{name: NoKernel() for name in kernels.__all__})
     with (
-        mock.patch.multiple(backend.kernels, **stubs),
-        mock.patch.object(backend, "INTERPRETED", True),
+        backends.replaced(TritonBackend(stub, interpreted=True)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
     ):
         yield
 
 
-@contextlib.contextmanager
-def stubbed_cpu() -> Iterator[None]:
+def stubbed_cpu() -> AbstractContextManager[None]:
     """The C++ backend calls nothing but the function that sizes its workspace."""
-    names = ("train_forward", "compute_scale", "apply_scale", "train_backward")
-    stub = SimpleNamespace(workspace_bytes=cpu._C.workspace_bytes, **dict.fromkeys(names, nothing))
-    with mock.patch.object(cpu, "_C", stub):
-        yield
+    from isobn_kernels import _C
+
+    return backends.replaced(CpuBackend(SimpleNamespace(**{**vars(_C), **dict.fromkeys(LAUNCHES, nothing)})))
+
+
+class StubbedCuda(CudaBackend):
+    """Takes CPU tensors, on a device that needs no trial."""
+
+    device_type = "cpu"
+
+    def machine_reason(self) -> None:
+        return None
+
+    def device_reason(self, device: int) -> None:
+        return None
+
+    def processor(self, x: torch.Tensor) -> tuple[int, int]:
+        return x.get_device(), 0
 
 
 @contextlib.contextmanager
 def stubbed_cuda() -> Iterator[None]:
-    """The CUDA backend takes CPU tensors and calls nothing; a workspace is as large as where a step is one launch."""
-    names = ("train_forward", "compute_scale", "apply_scale", "train_backward")
+    """The CUDA backend calls nothing; a workspace is as large as where a step is one launch."""
     stub = SimpleNamespace(
-        **dict.fromkeys(names, nothing), workspace_bytes=lambda *args: 1536, MAX_ROWS=128, MAX_FEATURES=2048
+        **dict.fromkeys(LAUNCHES, nothing),
+        workspace_bytes=lambda *args: 1536,
+        MAX_ROWS=128,
+        MAX_FEATURES=2048,
+        DTYPES={"float32": 0, "float16": 2, "bfloat16": 3},
+        **dict.fromkeys(("TRAIN_FORWARD", "COMPUTE_SCALE", "TRAIN_BACKWARD"), 0),
     )
     with (
-        mock.patch.multiple(cuda, _cuda=stub, _DEVICE_TYPE="cpu", _REASON=None),
-        mock.patch.multiple(cuda, _machine_reason=nothing, device_reason=nothing, _stream=lambda device: 0),
+        backends.replaced(StubbedCuda(stub)),
         mock.patch.object(functional, "_SMALL", -1),  # a GPU's batches are never left to plain PyTorch
     ):
         yield
@@ -105,7 +123,7 @@ STUBS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 
 def missing() -> dict[str, str]:
     """The backends whose host code cannot run here, and why."""
-    reasons = {"triton": backend._MISSING, "cpu": cpu.unavailable_reason()}
+    reasons = {"triton": create().missing, "cpu": backends.load("cpu").unavailable_reason()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -1,7 +1,7 @@
 """Isotropic batch normalization in plain PyTorch: the equations, once, for people to read.
 
-Every backend computes the four public functions of this file, faster. The numbers in the comments are those of
-the list below, the symbols are those of the code.
+The four functions of a backend come first; every other backend computes the same ones, faster. The numbers in the
+comments are those of the list below, the symbols are those of the code.
 
 =========================  =============================================================================
 ``x`` (N, D)               a batch of N embeddings of D features
@@ -9,7 +9,6 @@ the list below, the symbols are those of the code.
 ``sigma`` (D,)             ``running_std``, the moving average of the batch deviation
 ``scale`` (D,)             what ``x`` is multiplied by
 ``m``, ``eps``, ``beta``   momentum, stabiliser, strength of the correction
-``t``                      ``num_batches_tracked``, updates so far
 =========================  =============================================================================
 
 A training step::
@@ -25,9 +24,9 @@ A training step::
     (9) scale_i  = t_i sqrt(E / (E' + eps))             scale = 1 where E == 0
     (10) out     = x * scale
 
-A feature whose ``s_j`` is not finite (NaN or Inf in the batch) keeps its old statistics. With ``bias_correction``
-C and sigma are divided by ``w = 1 - (1-m)^t`` before (5), as Adam does. ``scale`` is a constant for autograd unless
-``stop_gradient=False``, for which ``train_backward`` is the gradient.
+A feature whose ``s_j`` is not finite (NaN or Inf in the batch) is skipped: it keeps its statistics. With
+``bias_correction`` C and sigma are divided by ``w = 1 - (1-m)^num_batches_tracked`` before (5), as Adam does.
+``scale`` is a constant for autograd unless ``stop_gradient=False``, for which ``train_backward`` is the gradient.
 
 Source: Zhou, Lin and Ren, "IsoBN: Fine-Tuning BERT with Isotropic Batch Normalization", AAAI 2021,
 https://arxiv.org/abs/2005.02178.
@@ -42,26 +41,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
-
-NAME = "reference"
 
 # Rows of the batch in one matrix product: a longer one, of few columns, adds up inaccurately in some BLAS libraries.
 _ROWS = 4096
-
-
-def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, or None: it always can."""
-    return None
-
-
-def unsupported_reason(x: Tensor) -> str | None:
-    """Why this backend cannot take ``x``, or None: it takes every device."""
-    return None
-
-
-def too_few_rows(x: Tensor) -> bool:
-    return x.shape[0] < 2
 
 
 def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
@@ -74,11 +58,11 @@ def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Te
     with exact_float32_matmul(x):
         y, s = centre(x.to(running_cov.dtype))
         B = gram(y) / y.shape[0]  # (3)
-    C, sigma = moved(running_cov, running_std, B, s, momentum)
+    C, sigma = moving_averages(running_cov, running_std, B, s, momentum)
     w = correction_weight(None if num_batches_tracked is None else num_batches_tracked + 1, momentum, bias_correction)
     saved_scale = scale_of(C / w, sigma / w, eps, beta)
     out = apply_scale(x, saved_scale)
-    # Nothing is written before all of it is there: an error leaves the state as it was.
+    # Compute everything first, then write: if anything raises, the state is unchanged.
     running_cov.copy_(C)
     running_std.copy_(sigma)
     if scale is not None:
@@ -150,11 +134,11 @@ def through_statistics(g: Tensor, y: Tensor, s: Tensor, N: int | Tensor, state: 
     h = du * gamma - (dR * R).sum(dim=1) * inv
 
     # A feature that this batch did not update passes no gradient to the batch.
-    seen = s.isfinite()
-    y = torch.where(seen, y, 0.0)
-    h_over_s = torch.where(seen & (s > 0), h / s, 0.0)
+    updated = s.isfinite()
+    y = torch.where(updated, y, 0.0)
+    h_over_s = torch.where(updated & (s > 0), h / s, 0.0)
     with exact_float32_matmul(y):
-        dstatistics = torch.where(seen, y @ G + y * h_over_s, 0.0)
+        dstatistics = torch.where(updated, y @ G + y * h_over_s, 0.0)
     return (momentum / (w * N)) * dstatistics
 
 
@@ -186,12 +170,14 @@ def gram(y: Tensor) -> Tensor:
     return cast(Tensor, sum(rows.T @ rows for rows in y.split(_ROWS)))
 
 
-def moved(running_cov: Tensor, running_std: Tensor, B: Tensor, s: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
-    """(4): C and sigma with the batch's B and s, both fresh. A feature whose ``s_j`` is not finite keeps its own."""
-    seen = s.isfinite()
+def moving_averages(
+    running_cov: Tensor, running_std: Tensor, B: Tensor, s: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """(4): C and sigma with the batch's B and s, both fresh. A feature whose ``s_j`` is not finite is skipped."""
+    updated = s.isfinite()
     C = (1 - momentum) * running_cov + momentum * B
-    C = torch.where(seen, torch.where(seen[:, None], C, running_cov), running_cov)
-    sigma = torch.where(seen, (1 - momentum) * running_std + momentum * s, running_std)
+    C = torch.where(updated, torch.where(updated[:, None], C, running_cov), running_cov)
+    sigma = torch.where(updated, (1 - momentum) * running_std + momentum * s, running_std)
     return symmetric(C), sigma
 
 
@@ -213,7 +199,7 @@ def correlation(C: Tensor, sigma: Tensor) -> Tensor:
 
 
 def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_correction: bool) -> Tensor | float:
-    """``w = 1 - (1-m)^t``, or 1 where that is 0 or no correction is asked for. Stays on the device."""
+    """``w``, or 1 where it is 0 or no correction is asked for. Stays on the device."""
     if not bias_correction or num_batches_tracked is None:
         return 1.0
     w = 1 - torch.pow(1 - momentum, num_batches_tracked.double())
@@ -234,3 +220,17 @@ def exact_float32_matmul(x: Tensor) -> Iterator[None]:
     finally:
         if reduced:
             matmul.fp32_precision = chosen
+
+
+class ReferenceBackend(Backend):
+    """The equations above as a backend: it runs everywhere and takes every tensor."""
+
+    name = "reference"
+
+    train_forward = staticmethod(train_forward)
+    compute_scale = staticmethod(compute_scale)
+    apply_scale = staticmethod(apply_scale)
+    train_backward = staticmethod(train_backward)
+
+
+create = ReferenceBackend

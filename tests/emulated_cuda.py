@@ -14,6 +14,9 @@ from contextlib import contextmanager
 import building
 from building import ROOT
 
+from isobn_kernels import backends
+from isobn_kernels.backends.cuda import CudaBackend
+
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-march=native"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 NAMES = {"NVCC": "none", "TARGETS": "emulation", "BUILT": "for tests", "COMMIT": "unknown"}
@@ -52,15 +55,22 @@ def load(path):
     return module, emulator
 
 
-def install(path):
-    """The backend "cuda" takes CPU tensors, and runs on the emulator at ``path``. Returns the emulator's functions."""
-    from isobn_kernels.backends import cuda
+class EmulatedBackend(CudaBackend):
+    """Takes CPU tensors."""
 
-    cuda._cuda, emulator = load(path)
-    cuda._REASON, cuda._DEVICE_TYPE = None, "cpu"
-    cuda._machine_reason = lambda: None
-    cuda._stream = lambda device: 0
-    cuda._tried.clear()
+    device_type = "cpu"
+
+    def machine_reason(self):
+        return None
+
+    def processor(self, x):
+        return x.get_device(), 0
+
+
+def install(path):
+    """The backend "cuda" runs on the emulator at ``path``. Returns the emulator's functions."""
+    extension, emulator = load(path)
+    backends.register(EmulatedBackend(extension))
     return emulator
 
 

@@ -43,13 +43,14 @@ def run(cuda, x, dout, dtype, bias_correction, device):
     out, dx, scaled = (np.empty((N, D), x.dtype) for _ in range(3))
     state = [C.ctypes.data, sigma.ctypes.data, count.ctypes.data]
     numbers = [MOMENTUM, EPS, BETA, bias_correction, device, stream]
-    work = [np.full(cuda.workspace_bytes(f, D), 255, np.uint8) for f in range(3)]
+    functions = (cuda.TRAIN_FORWARD, cuda.COMPUTE_SCALE, cuda.TRAIN_BACKWARD)
+    work = [np.full(cuda.workspace_bytes(function, D), 255, np.uint8) for function in functions]
     there = [x.ctypes.data, dtype, *strides(x), N, D]
     for _ in range(2):
         cuda.train_forward(
             *there, *state, scale.ctypes.data, saved.ctypes.data, out.ctypes.data, *numbers, work[0].ctypes.data
         )
-    cuda.compute_scale(D, *state, computed.ctypes.data, *numbers, work[1].ctypes.data)
+    cuda.compute_scale(cuda.DTYPES["float32"], D, *state, computed.ctypes.data, *numbers, work[1].ctypes.data)
     cuda.apply_scale(*there, saved.ctypes.data, scaled.ctypes.data, device, stream)
     through = [*state, scale.ctypes.data, dx.ctypes.data]
     cuda.train_backward(dout.ctypes.data, *strides(dout), *there, *through, *numbers, work[2].ctypes.data)

@@ -138,7 +138,7 @@ from tools import aot
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from isobn_kernels.backends import triton_kernels
+from isobn_kernels.backends.triton import kernels
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 keys = []
@@ -146,7 +146,7 @@ for N in json.loads(sys.argv[1]):
     found = []
     for launches in aot.record(N, 384, torch.bfloat16).values():
         for launch in launches:
-            kernel = getattr(triton_kernels, launch.kernel)
+            kernel = getattr(kernels, launch.kernel)
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
             found.append((launch.kernel, str(bind(**launch.arguments)[1]), str(launch.options)))
     keys.append(found)

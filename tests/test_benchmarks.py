@@ -15,12 +15,11 @@ import pytest
 import torch
 from helpers import to_numpy
 
-from isobn_kernels import available_backends, functional, isobn
-from isobn_kernels.backends import cpu, cuda, triton
+from isobn_kernels import available_backends, backends, functional, isobn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-PACKAGE = Path(cpu.__file__).parents[2]
+PACKAGE = Path(backends.__file__).parents[2]
 CPU_BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]
 NAMES = ("clocks", "compare", "host", "model", "plot", "providers", "readme", "results")
 clocks, compare, host, model, plot, providers, readme, results = (
@@ -467,9 +466,7 @@ def test_steps_of_a_model(tmp_path, monkeypatch):
 
 
 def replaced_by_stubs():
-    kernels = [] if triton._MISSING else vars(triton.kernels).values()
-    replaced = [cuda._cuda, cuda._DEVICE_TYPE, cuda._REASON, cuda._machine_reason, cuda._stream]
-    return list(map(id, [*kernels, *replaced, triton.INTERPRETED, functional._SMALL, cpu._C]))
+    return [*(id(backends.load(name)) for name in backends.NAMES), functional._SMALL]
 
 
 @pytest.mark.parametrize("name", [name for name in host.STUBS if name not in host.missing()])

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import stubs
 import torch
 from cases import CASES, kernels
 from helpers import batch, fresh, python, train_with_gradient, upstream
@@ -110,8 +111,8 @@ def test_no_second_pool_of_threads(extension):
 
 
 def test_auto_prefers_the_kernels(extension):
-    assert backends.select(Where("auto"), torch.ones(2, 3)).NAME == "cpu"
-    assert backends.select(Where("auto"), torch.ones(2, 3, device="meta")).NAME == "reference"
+    assert backends.select(Where("auto"), torch.ones(2, 3)).name == "cpu"
+    assert backends.select(Where("auto"), torch.ones(2, 3, device="meta")).name == "reference"
 
 
 @pytest.mark.parametrize("isa", KNOWN)
@@ -125,3 +126,7 @@ def test_power_of_a_small_number(extension, isa):
     with case.selected():
         for beta in (0.3, 1.1, 2.1):
             train_rightly(x, fresh(8), case, eps=1.1e-8, beta=beta, bias_correction=True)
+
+
+def test_the_stub_is_true(extension):
+    assert stubs.contents_of(extension) == stubs.stub_of("_C")

@@ -14,6 +14,7 @@ import emulated_cuda
 import numpy as np
 import oracle
 import pytest
+import stubs
 import torch
 from cases import REFERENCE, Case
 from helpers import assert_untouched, batch, fresh, same_bits, to_numpy, train_with_gradient, upstream, warm
@@ -117,7 +118,7 @@ def test_a_part_of_the_device_that_is_too_small_for_one_launch(tmp_path):
     with emulated_cuda.another_device(tmp_path) as emulator:
         assert_same(steps(17, 65, torch.float32), expected)
         emulator.isobn_emulation_device(1, True, 1, 232448, 48 << 10)
-        assert backends.load("cuda")._cuda.one_launch(0, 65, -1)  # as was planned
+        assert backends.load("cuda").extension.one_launch(0, 65, -1)  # as was planned
         assert_same(steps(17, 65, torch.float32), expected)
 
 
@@ -128,7 +129,7 @@ def test_more_rows_for_a_block_on_a_smaller_gpu(tmp_path, processors, groups):
     assert -(-D // (8 * groups)) <= processors < -(-D // (8 * (groups - 1)))
     expected = steps(32, D, torch.float32)
     with emulated_cuda.another_device(tmp_path, processors) as emulator:
-        assert backends.load("cuda")._cuda.one_launch(0, D, -1)
+        assert backends.load("cuda").extension.one_launch(0, D, -1)
         found = steps(32, D, torch.float32)
         emulator.isobn_emulation_order(1)
         assert_same(steps(32, D, torch.float32), found)
@@ -142,7 +143,7 @@ def test_more_rows_for_a_block_on_a_smaller_gpu(tmp_path, processors, groups):
 def test_shared_memory_that_is_too_small_for_one_launch(tmp_path):
     expected = steps(17, 640, torch.float32)
     with emulated_cuda.another_device(tmp_path, shared=20 << 10):
-        assert not backends.load("cuda")._cuda.one_launch(0, 640, -1)
+        assert not backends.load("cuda").extension.one_launch(0, 640, -1)
         assert_same(steps(17, 640, torch.float32), expected)
 
 
@@ -151,7 +152,7 @@ def test_shared_memory_that_needs_permission(tmp_path):
     shapes = [(17, 640, torch.float32), (17, 384, torch.float32)]
     expected = [steps(*shape) for shape in shapes]
     with emulated_cuda.another_device(tmp_path, without_permission=20 << 10):
-        assert all(backends.load("cuda")._cuda.one_launch(0, D, -1) for _, D, _ in shapes)
+        assert all(backends.load("cuda").extension.one_launch(0, D, -1) for _, D, _ in shapes)
         for shape, want in zip(shapes, expected, strict=True):
             assert_same(steps(*shape), want)
         assert_same(steps(*shapes[0]), expected[0])
@@ -215,16 +216,14 @@ def test_what_it_does_not_take_is_refused_in_words(N, D, dtype, words):
 
 
 def test_a_device_that_runs_no_kernel(monkeypatch):
-    cuda = backends.load("cuda")
+    cuda = emulated_cuda.EmulatedBackend(backends.load("cuda").extension)  # which has tried nothing yet
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
     emulated_cuda.EMULATOR.isobn_emulation_fail_after(0)
-    cuda._tried.clear()
     try:
         reason = cuda.unsupported_reason(batch(2, 3))
     finally:
         emulated_cuda.EMULATOR.isobn_emulation_fail_after(-1)
-        cuda._tried.clear()
     for word in ("an old GPU of sm_75", "this build has code for", "cudaErrorInvalidValue"):
         assert word in reason
     assert cuda.unsupported_reason(batch(2, 3)) is None
@@ -245,6 +244,10 @@ def test_only_the_gpu_of_the_tensor_is_tried_out(monkeypatch):
     assert tried == [-1, 0]
 
 
+def test_the_stub_is_true():
+    assert stubs.contents_of(backends.load("cuda").extension) == stubs.stub_of("_cuda")
+
+
 # ---- Sanitizers ----
 
 SANITIZED = [  # N, D, dtype, layout in sanitized.py, bias correction, one launch
@@ -257,7 +260,6 @@ SANITIZED = [  # N, D, dtype, layout in sanitized.py, bias correction, one launc
     (33, 100, torch.float32, 0, True, False),
     (5, 1000, torch.float32, 0, False, True),
 ]
-CODE = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 
 
 def test_addresses_and_arithmetic_are_sound(tmp_path):
@@ -265,9 +267,9 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
     sanitizer = building.address_sanitizer()
     if sanitizer is None:
         pytest.skip("g++ has no AddressSanitizer: libasan is not installed")
-    given, expected = {}, {}
+    given, expected, codes = {}, {}, backends.load("cuda").dtypes
     for N, D, dtype, layout, bias_correction, whole in SANITIZED:
-        key = f"{N}x{D}/{CODE[dtype]},{layout},{int(bias_correction)},{int(whole)}"
+        key = f"{N}x{D}/{codes[dtype]},{layout},{int(bias_correction)},{int(whole)}"
         x, dout = batch(N, D, dtype=dtype), upstream(N, D, dtype=dtype)
         as_it_lies = torch.int16 if dtype == torch.bfloat16 else dtype
         given[f"{key}/x"], given[f"{key}/dout"] = (t.view(as_it_lies).numpy() for t in (x, dout))
@@ -310,7 +312,7 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
 
 # ---- The emulator itself ----
 
-# What is taken out of kernels.cuh, and must be missed.
+# What is taken out of step.cuh, and must be missed.
 BARRIERS = {
     "of the grid": ("  if (p.phase == Phase::whole) cooperative_groups::this_grid().sync();\n", ""),
     "before the product": ("      __syncthreads();\n\n      // (2) and (3).", "      // (2) and (3)."),
@@ -324,7 +326,7 @@ def test_a_missing_barrier_is_seen(tmp_path, name):
         shutil.copytree(ROOT / folder, sources / folder)
     for file in ("building.py", "emulated_cuda.py"):
         shutil.copy(ROOT / "tests" / file, sources / "tests")
-    kernels = sources / "csrc/cuda/kernels.cuh"
+    kernels = sources / "csrc/cuda/step.cuh"
     text, (barrier, instead) = kernels.read_text(), BARRIERS[name]
     assert text.count(barrier) == 1
     kernels.write_text(text.replace(barrier, instead))

@@ -331,4 +331,4 @@ def test_a_training_step_is_one_launch():
     if properties.multi_processor_count < 128:
         pytest.skip("needs a GPU of 128 multiprocessors, for all blocks to be there at once")
     for D in (384, 768, 1024):
-        assert cuda._cuda.one_launch(0, D, 0)
+        assert cuda.extension.one_launch(0, D, 0)

@@ -84,7 +84,7 @@ def test_available_backends():
     assert set(names) <= {"reference", "cpu", "triton", "cuda"}
     assert names[-1] == "reference", "fastest first, and the reference always runs"
     for name in names:
-        assert name == backends.load(name).NAME
+        assert name == backends.load(name).name
         assert backends.load(name).unavailable_reason() is None
     for name in set(backends.NAMES) - set(names):
         assert backends.load(name).unavailable_reason()
@@ -110,7 +110,7 @@ def test_environment_variable_replaces_auto_and_nothing_else():
         "from isobn_kernels import backends\n"
         "from isobn_kernels.state import Where\n"
         "for name in ('auto', *isobn_kernels.available_backends()):\n"
-        "    print(name, backends.select(Where(name), torch.ones(2, 3)).NAME)"
+        "    print(name, backends.select(Where(name), torch.ones(2, 3)).name)"
     )
     found = dict(line.split() for line in python(code, ISOBN_BACKEND="reference").splitlines())
     assert found == {"auto": "reference", **{name: name for name in available_backends()}}
@@ -122,7 +122,7 @@ def test_environment_variable_that_cannot_be_followed_changes_nothing(value):
         "import torch\n"
         "from isobn_kernels import backends\n"
         "from isobn_kernels.state import Where\n"
-        "print(backends.select(Where('auto'), torch.ones(2, 3)).NAME)"
+        "print(backends.select(Where('auto'), torch.ones(2, 3)).name)"
     )
     assert python(code, ISOBN_BACKEND=value) == available_backends()[0]
 

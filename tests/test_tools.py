@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from isobn_kernels.backends import load, triton
+from isobn_kernels.backends import load
+from isobn_kernels.backends.triton import config as triton
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools import gpu_check, tune
@@ -38,14 +39,14 @@ def test_candidates_differ_in_one_number_from_the_present_entry():
 def test_a_candidate_is_in_place_for_its_step_only(monkeypatch):
     def our_step(x, state, training, backend):
         assert backend == "triton"
-        assert triton.config_for(8, 384) is SECOND
+        assert load("triton").settings.config_for(8, 384) is SECOND
         raise RuntimeError("out of shared memory")
 
-    before = triton.TABLE
+    before = load("triton")
     monkeypatch.setattr(tune, "our_step", our_step)
     with pytest.raises(RuntimeError, match="shared memory"):
         tune.step_with(0, SECOND)(None, None, True)
-    assert triton.TABLE is before
+    assert load("triton") is before
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
@@ -53,9 +54,9 @@ def test_wrong_and_failing_candidates_are_told(stop_gradient, monkeypatch):
     """The reference in place of the Triton backend, with one candidate right, one wrong, one failing."""
 
     def our_step(x, state, training, backend, stop_gradient):
-        if backend == "triton" and triton.config_for(8, 12) is THIRD:
+        if backend == "triton" and load("triton").settings.config_for(8, 12) is THIRD:
             raise RuntimeError("out of resource: shared memory\nand more")
-        forgets = backend == "triton" and triton.config_for(8, 12) is SECOND
+        forgets = backend == "triton" and load("triton").settings.config_for(8, 12) is SECOND
         out = real(x, state, training, backend="reference", stop_gradient=stop_gradient or forgets)
         return out * 1.001 if forgets and stop_gradient else out
 
@@ -104,7 +105,7 @@ def test_the_printed_table_is_the_table():
 def test_tuning_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(load("triton"), "unavailable_reason", lambda: "there is none")
     for interpreted in (False, True):
-        monkeypatch.setattr(triton, "INTERPRETED", interpreted)
+        monkeypatch.setattr(tune, "INTERPRETED", interpreted)
         assert tune.main([]) == 2
         told = capsys.readouterr()
         assert told.out == ""

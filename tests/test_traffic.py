@@ -13,6 +13,9 @@ import pytest
 import torch
 from helpers import batch, warm
 
+from isobn_kernels import backends
+from isobn_kernels.backends.triton.config import Settings
+from isobn_kernels.backends.triton.launches import TritonBackend
 from isobn_kernels.state import Options
 from isobn_kernels.state import State as Bundle
 
@@ -67,20 +70,19 @@ class Traffic:
         return np.unique(np.concatenate([addresses for addresses, _ in accesses[name]])).size * sizes.pop()
 
 
-def training_step(monkeypatch, N, D, dtype):
-    from isobn_kernels.backends import triton
-
+def training_step(monkeypatch, N, D, dtype, **settings):
     state = warm(D)
     x = batch(N, D, dtype=dtype)
     C, sigma, scale, count = state.tensors.values()
     # Handed out by the backend itself, so that their accesses can be told from those of the workspace.
     out, saved_scale = torch.empty(N, D, dtype=dtype), torch.empty(D)
     empty = torch.empty
-    monkeypatch.setattr(triton.torch, "empty", lambda size, **rest: out if size == (N, D) else empty(size, **rest))
-    monkeypatch.setattr(triton.torch, "empty_like", lambda _: saved_scale)
+    monkeypatch.setattr(torch, "empty", lambda size, **rest: out if size == (N, D) else empty(size, **rest))
+    monkeypatch.setattr(torch, "empty_like", lambda _: saved_scale)
     named = {"x": x, "C": C, "sigma": sigma, "scale": scale, "count": count, "out": out, "saved_scale": saved_scale}
     traffic = Traffic(monkeypatch, **named)
-    triton.train_forward(x, Bundle(C, sigma, scale, count), Options())
+    backend = TritonBackend(backends.load("triton").kernels, settings=Settings(**settings))
+    backend.train_forward(x, Bundle(C, sigma, scale, count), Options())
     return traffic
 
 
@@ -125,10 +127,7 @@ def test_training_step(monkeypatch, N, D, dtype):
 
 
 def test_unfused_tail(monkeypatch):
-    """Above FUSED_FEATURES the sums are read once, by `shrink`, and the rest of the workspace by each block of rows."""
-    from isobn_kernels.backends import triton
-
-    monkeypatch.setattr(triton, "FUSED_FEATURES", 0)
-    traffic = training_step(monkeypatch, 32, 768, torch.float32)
+    """With many features `shrink` reads the sums once, and each block of rows the rest of the workspace."""
+    traffic = training_step(monkeypatch, 32, 768, torch.float32, fused_features=0)
     written = traffic.distinct(traffic.written, "workspace")
     assert traffic.total(traffic.read, "workspace") <= 1.2 * written

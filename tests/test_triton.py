@@ -8,11 +8,18 @@ from cases import Case
 from helpers import batch, same_bits, upstream, warm
 from tolerance import scale_rightly, train_rightly
 
-from isobn_kernels import isobn
+from isobn_kernels import backends, isobn
+from isobn_kernels.backends.triton.config import Settings
+from isobn_kernels.backends.triton.launches import TritonBackend
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set, which runs the kernels on a CPU"
 )
+
+
+def triton_with(**settings):
+    """Inside, the kernels are launched by other settings."""
+    return backends.replaced(TritonBackend(backends.load("triton").kernels, settings=Settings(**settings)))
 
 
 def steps(N, D, stop_gradient):
@@ -46,11 +53,9 @@ def test_programs_may_run_in_any_order(monkeypatch, N, D, fused, stop_gradient):
     """To the bit: no program reads what another one of the same launch writes, and sums have a fixed order."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from isobn_kernels.backends import triton
-
-    if not fused:
-        monkeypatch.setattr(triton, "FUSED_FEATURES", 0)
-    expected = steps(N, D, stop_gradient)
+    settings = {} if fused else {"fused_features": 0}
+    with triton_with(**settings):
+        expected = steps(N, D, stop_gradient)
     set_grid_idx = InterpreterBuilder.set_grid_idx
 
     seen = []
@@ -60,26 +65,24 @@ def test_programs_may_run_in_any_order(monkeypatch, N, D, fused, stop_gradient):
         set_grid_idx(builder, *(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
 
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", last_first)
-    for got, want in zip(steps(N, D, stop_gradient), expected, strict=True):
+    with triton_with(**settings):
+        found = steps(N, D, stop_gradient)
+    for got, want in zip(found, expected, strict=True):
         assert same_bits(got, want)
     assert seen
 
 
 @pytest.mark.parametrize(("N", "D"), [(17, 65), (130, 200)], ids=str)
-def test_unfused_tail_is_as_right_as_the_fused_one(monkeypatch, N, D):
-    """It is for D above FUSED_FEATURES, too many for the interpreter; other tests hold the fused one to the oracle."""
-    from isobn_kernels.backends import triton
-
-    monkeypatch.setattr(triton, "FUSED_FEATURES", 0)
-    assert_steps_right(N, D)
+def test_unfused_tail_is_as_right_as_the_fused_one(N, D):
+    """It is for more features than the interpreter can take; other tests hold the fused one to the oracle."""
+    with triton_with(fused_features=0):
+        assert_steps_right(N, D)
 
 
-def test_many_features_are_added_up_chunk_by_chunk(monkeypatch):
+def test_many_features_are_added_up_chunk_by_chunk():
     """Chunks as of D above 1024, which is too many for the interpreter: only the order of two sums is another."""
-    from isobn_kernels.backends import triton
-
-    monkeypatch.setattr(triton, "_CHUNK_ELEMENTS", 64)  # 16 features at a time
-    assert_steps_right(17, 65)
+    with triton_with(chunk_elements=64):  # 16 features at a time
+        assert_steps_right(17, 65)
 
 
 def test_float64_is_refused_in_words():

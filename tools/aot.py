@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -91,28 +91,24 @@ class _Recorder:
 
 def record(N: int, D: int, dtype: torch.dtype) -> dict[str, list[Launch]]:
     """The launches of each function of the backend on a contiguous (N, D) batch, by name of the function."""
-    from triton.runtime import KernelInterface
-
-    from isobn_kernels.backends import triton as backend
+    from isobn_kernels.backends.triton import kernels
+    from isobn_kernels.backends.triton.launches import TritonBackend
     from isobn_kernels.state import Options, State
 
-    kernels = backend.kernels
     found: dict[str, list[Launch]] = {}
-    originals = {name: value for name, value in vars(kernels).items() if isinstance(value, KernelInterface)}
     x = torch.zeros(N, D, dtype=dtype)
     cov, std, scale = torch.zeros(D, D), torch.zeros(D), torch.ones(D)
     count = torch.zeros((), dtype=torch.int64)
     state, options = State(cov, std, scale, count), Options()
     for function, call in (
-        ("train_forward", lambda: backend.train_forward(x, state, options)),
-        ("compute_scale", lambda: backend.compute_scale(state, options)),
-        ("apply_scale", lambda: backend.apply_scale(x, scale)),
-        ("train_backward", lambda: backend.train_backward(x, x, state, options)),
+        ("train_forward", lambda backend: backend.train_forward(x, state, options)),
+        ("compute_scale", lambda backend: backend.compute_scale(state, options)),
+        ("apply_scale", lambda backend: backend.apply_scale(x, scale)),
+        ("train_backward", lambda backend: backend.train_backward(x, x, state, options)),
     ):
         found[function] = []
-        recorders = {name: _Recorder(name, kernel, found[function]) for name, kernel in originals.items()}
-        with mock.patch.dict(vars(kernels), recorders):
-            call()
+        recorders = {name: _Recorder(name, getattr(kernels, name), found[function]) for name in kernels.__all__}
+        call(TritonBackend(SimpleNamespace(**recorders)))
     return found
 
 
@@ -122,9 +118,9 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from isobn_kernels.backends import triton_kernels
+    from isobn_kernels.backends.triton import kernels
 
-    kernel = getattr(triton_kernels, launch.kernel)
+    kernel = getattr(kernels, launch.kernel)
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = launch.arguments[parameter.name]

@@ -2,7 +2,7 @@
 
     python -m tools.tune
 
-For each row of `isobn_kernels.backends.triton.TABLE`, at shapes that the row serves, in float32 and bfloat16:
+For each row of `isobn_kernels.backends.triton.config.TABLE`, at shapes that the row serves, in float32 and bfloat16:
 
 1. Each candidate (the row's entry, and those that differ from it in one number) takes the place of the row for one
    training step, which is compared with float64. One that is wrong, does not compile or does not fit the GPU is
@@ -11,8 +11,8 @@ For each row of `isobn_kernels.backends.triton.TABLE`, at shapes that the row se
 3. The row goes to the smallest geometric mean over the shapes of the ratio to the fastest candidate at the shape, if
    that one is right in the backward of stop_gradient=False, too, which takes its block sizes from the same row.
 
-Nothing is written: the last thing printed is the table, for isobn_kernels/backends/triton.py. Paste it and run again,
-until it stays the same. It takes its time: some candidates need more than ten seconds to compile, for each D and dtype.
+Nothing is written. The last thing printed is the table, for isobn_kernels/backends/triton/config.py: paste it and run
+again, until the table stays the same. Some candidates need more than ten seconds to compile, for each D and dtype.
 
 Of this command only what needs no GPU has ever run: the measuring is unproven.
 
@@ -28,8 +28,7 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from statistics import geometric_mean, median
-from typing import Any
-from unittest import mock
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,11 +38,11 @@ from benchmarks.clocks import Call, Sampler, device, interleaved
 from benchmarks.providers import Provider, Shape, State, draw, gate, in_float64, our_step
 from benchmarks.results import grid
 from benchmarks.run import failure
-from isobn_kernels.backends import load
-from isobn_kernels.backends import triton as backend
-from isobn_kernels.backends.triton import Config
+from isobn_kernels import backends
+from isobn_kernels.backends.triton.config import _ANY, TABLE, Config, Settings
+from isobn_kernels.backends.triton.launches import INTERPRETED, TritonBackend
 
-Row = tuple[int, int, Config]  # of backend.TABLE
+Row = tuple[int, int, Config]  # of TABLE
 Cell = tuple[Shape, str]  # shape and dtype
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -68,17 +67,22 @@ def candidates(row: Row) -> list[Config]:
     return list(dict.fromkeys([present, *found]))
 
 
-def instead(index: int, config: Config) -> AbstractContextManager[Any]:
+def settings_with(index: int, config: Config) -> Settings:
+    """Those of the backend with ``config`` as the entry of row ``index``."""
+    return Settings((*TABLE[:index], (*TABLE[index][:2], config), *TABLE[index + 1 :]))
+
+
+def instead(index: int, config: Config) -> AbstractContextManager[None]:
     """Inside, ``config`` is the entry of row ``index``."""
-    row = (*backend.TABLE[index][:2], config)
-    return mock.patch.object(backend, "TABLE", (*backend.TABLE[:index], row, *backend.TABLE[index + 1 :]))
+    present = cast(TritonBackend, backends.load("triton"))
+    return backends.replaced(TritonBackend(present.kernels, present.missing, settings_with(index, config)))
 
 
 def cells_of(index: int) -> list[Cell]:
     """The shapes that row ``index`` of the table serves, in each dtype."""
     marker = Config(0, 0, 0, "")
-    with instead(index, marker):
-        return [(shape, dtype) for shape in SHAPES if backend.config_for(*shape) is marker for dtype in DTYPES]
+    config_for = settings_with(index, marker).config_for
+    return [(shape, dtype) for shape in SHAPES if config_for(*shape) is marker for dtype in DTYPES]
 
 
 def step_with(index: int, config: Config, **options: Any) -> Provider:
@@ -121,8 +125,8 @@ def ranking(times: dict[Config, dict[Cell, float]]) -> dict[Config, float]:
 def tune(index: int) -> Config | None:
     """The best entry for row ``index``, or None where no candidate is right. Prints what it measured."""
     cells, configs = cells_of(index), []
-    print(f"\n{row_text(backend.TABLE[index])}", flush=True)
-    for config in candidates(backend.TABLE[index]):
+    print(f"\n{row_text(TABLE[index])}", flush=True)
+    for config in candidates(TABLE[index]):
         faults = ((cell, fault_of(index, config, cell, "cuda")) for cell in cells)
         wrong = next((f"{label(cell)}: {fault}" for cell, fault in faults if fault), None)
         print(f"  {config_text(config)}: {wrong or 'right'}", flush=True)
@@ -156,7 +160,7 @@ def config_text(config: Config) -> str:
 
 
 def row_text(row: Row) -> str:
-    limits = ["_ANY" if most == backend._ANY else str(most) for most in row[:2]]
+    limits = ["_ANY" if most == _ANY else str(most) for most in row[:2]]
     return f"({', '.join(limits)}, {config_text(row[2])})"
 
 
@@ -168,13 +172,13 @@ def table_text(table: tuple[Row, ...]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser_for("python -m tools.tune", __doc__).parse_args(argv)
-    reason = "TRITON_INTERPRET=1 is set: unset it" if backend.INTERPRETED else load("triton").unavailable_reason()
+    reason = "TRITON_INTERPRET=1 is set: unset it" if INTERPRETED else backends.load("triton").unavailable_reason()
     if reason:
         print(f"tune needs a GPU, and changed nothing: {reason}", file=sys.stderr)
         return 2
     versions = f"torch {torch.__version__}, triton {importlib.metadata.version('triton')}"
-    winners = [tune(index) for index in range(len(backend.TABLE))]
-    table = tuple((*row[:2], winner or row[2]) for row, winner in zip(backend.TABLE, winners, strict=True))
+    winners = [tune(index) for index in range(len(TABLE))]
+    table = tuple((*row[:2], winner or row[2]) for row, winner in zip(TABLE, winners, strict=True))
     print(f"\n# Measured by python -m tools.tune: {torch.cuda.get_device_name()}, {versions}, {date.today()}.")
     print(table_text(table))
     return int(None in winners)

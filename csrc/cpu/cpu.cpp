@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../formulas.h"
+#include "kernels.h"
 
 namespace isobn::cpu {
 namespace {
@@ -46,8 +47,6 @@ const Kernels<S>& kernels() {
 int64_t panels(int64_t D) { return (D + P - 1) / P; }
 int width(int64_t D, int64_t panel) { return int(std::min<int64_t>(P, D - panel * P)); }
 
-size_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 Strided panel_of(const Strided& x, int64_t panel) {
   const int64_t offset = panel * P * x.col_stride * int64_t(item_size(x.dtype));
   return {static_cast<const char*>(x.data) + offset, x.dtype, x.row_stride, x.col_stride};
@@ -84,7 +83,7 @@ struct Workspace {
   S *t, *gamma, *diagonal;      // (7), (6), C_ii
   double* energies;             // (panels, 2): each panel's part of E and E'
   S *y, *s;                     // (panels, N, P) and (padded,)
-  uint8_t *seen, *panel_seen;   // per feature: s_j is finite; per panel: all of them are
+  uint8_t *updated, *panel_updated;  // per feature: is_updated(s_j); per panel: all of them are
   S *g, *dgamma, *diag, *du_gamma, *padded_scale;  // backward
   S* scratch;
   int64_t scratch_size;
@@ -106,8 +105,8 @@ struct Workspace {
     if (function != Function::compute_scale) {
       y = arena.take<S>(N * padded);
       s = arena.take<S>(padded);
-      seen = arena.take<uint8_t>(padded);
-      panel_seen = arena.take<uint8_t>(count);
+      updated = arena.take<uint8_t>(padded);
+      panel_updated = arena.take<uint8_t>(count);
     }
     if (function == Function::train_backward) {
       for (S** vector : {&g, &dgamma, &diag, &du_gamma, &padded_scale}) *vector = arena.take<S>(padded);
@@ -130,9 +129,9 @@ int64_t tile_work(int64_t N, int64_t D) { return (N / 2 + 6) * D * D; }
 template <class S>
 void centre_panel(const Strided& x, int64_t N, int64_t D, int64_t p, const Workspace<S>& ws) {
   S* s = ws.s + p * P;
-  const bool all_seen = kernels<S>().centre(panel_of(x, p), N, width(D, p), ws.y + p * N * P, s);
-  ws.panel_seen[p] = all_seen;
-  for (int j = 0; j < P; ++j) ws.seen[p * P + j] = s[j] <= Limits<S>::max;
+  const bool all_updated = kernels<S>().centre(panel_of(x, p), N, width(D, p), ws.y + p * N * P, s);
+  ws.panel_updated[p] = all_updated;
+  for (int j = 0; j < P; ++j) ws.updated[p * P + j] = is_updated(s[j]);
 }
 
 // The reciprocals that (5) needs of one panel.
@@ -243,7 +242,7 @@ void train_forward_as(const Strided& x, int64_t N, int64_t D, const State& state
     for (int64_t p = 0; p < count; ++p) {
       centre_panel(x, N, D, p, ws);
       for (int64_t i = p * P; i < p * P + width(D, p); ++i)
-        if (ws.seen[i]) running_std[i] = keep * running_std[i] + m * ws.s[i];
+        if (ws.updated[i]) running_std[i] = keep * running_std[i] + m * ws.s[i];
       invert_panel(running_std, D, p, w, ws);
     }
 #pragma omp for schedule(static)
@@ -255,9 +254,9 @@ void train_forward_as(const Strided& x, int64_t N, int64_t D, const State& state
       tile.N = N;
       tile.keep = keep;
       tile.gain = S(options.momentum / double(N));
-      if (!ws.panel_seen[at.i] || !ws.panel_seen[at.j]) {
-        tile.seen_i = ws.seen + tile.i0;
-        tile.seen_j = ws.seen + tile.j0;
+      if (!ws.panel_updated[at.i] || !ws.panel_updated[at.j]) {
+        tile.updated_i = ws.updated + tile.i0;
+        tile.updated_j = ws.updated + tile.j0;
       }
       tile.stream = stream;
       kernels<S>().update(tile);
@@ -319,7 +318,7 @@ void train_backward_as(const Strided& dout, const Strided& x, int64_t N, int64_t
                        void* dx, const Options& options, int threads, void* memory) {
   const Workspace<S> ws(Function::train_backward, N, D, threads, memory);
   const int64_t count = panels(D);
-  const double w = weight_of(state, options), eps = options.eps, beta = options.beta;
+  const double w = weight_of(state, options);
 #pragma omp parallel num_threads(threads_for(2 * tile_work(N, D), threads))
   {
     inspect_statistics(D, state, w, options, ws);
@@ -330,24 +329,19 @@ void train_backward_as(const Strided& dout, const Strided& x, int64_t N, int64_t
     }
     // A few numbers per feature, in every thread alike up to the barrier: dr needs all of them.
     const Energies total = total_energies(D, ws);
-    const bool constant = total.E == 0;  // scale is 1, whatever the batch
-    const double r = constant ? 0 : energy_ratio(total.E, total.E_prime, eps);
     double dr = 0;
-    for (int64_t i = 0; i < D && !constant; ++i) dr += double(ws.g[i]) * double(ws.t[i]);
-    const double dE = constant ? 0 : dr * r / (2 * total.E);
-    const double dE_prime = -dr * r / (2 * (total.E_prime + eps));
+    for (int64_t i = 0; i < D; ++i) dr += double(ws.g[i]) * double(ws.t[i]);
+    const EnergyGradient all = energy_gradient(total.E, total.E_prime, dr, options.eps);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < ws.padded; ++i) {
-      const bool inside = i < D;
-      const double g = inside && !constant ? double(ws.g[i]) : 0, t = inside ? double(ws.t[i]) : 0;
-      const double C_ii = inside ? ws.diagonal[i] / w : 0, gamma = inside ? double(ws.gamma[i]) : 0;
-      const double u = gamma * ws.sigma[i] + eps;
-      const double dt = g * r + 2 * dE_prime * C_ii * t;
-      const double du = -beta * dt * ::pow(u, -beta - 1);
-      ws.dgamma[i] = S(du * ws.sigma[i]);
-      ws.du_gamma[i] = S(du * gamma);
-      ws.diag[i] = S(2 * (dE + dE_prime * t * t));
-      ws.padded_scale[i] = inside ? scale[i] : S(0);
+      FeatureGradient of{};
+      if (i < D)
+        of = feature_gradient(all, ws.g[i], ws.diagonal[i] / w, ws.sigma[i], ws.gamma[i], ws.t[i], options.eps,
+                              options.beta);
+      ws.dgamma[i] = S(of.dgamma);
+      ws.du_gamma[i] = S(of.du_gamma);
+      ws.diag[i] = S(of.diagonal);
+      ws.padded_scale[i] = i < D ? scale[i] : S(0);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t p = 0; p < count; ++p) {
@@ -364,7 +358,7 @@ void train_backward_as(const Strided& dout, const Strided& x, int64_t N, int64_t
       panel.diag = ws.diag;
       panel.du_gamma = ws.du_gamma;
       panel.s = ws.s;
-      panel.seen = ws.seen;
+      panel.updated = ws.updated;
       panel.scale = ws.padded_scale;
       panel.pair_gain = S(2.0 / double(D));
       panel.gain = S(options.momentum / (w * double(N)));

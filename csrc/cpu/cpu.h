@@ -1,30 +1,14 @@
 // The CPU backend: the four functions of isobn_kernels/reference.py on raw pointers. No torch, no Python.
 //
-// All state (running_cov, running_std, scale) is contiguous, float32, or float64 where x is float64. Strides are in
-// elements. `workspace` has workspace_bytes(...) bytes, any alignment, and is written before any state is.
+// `scale` has the dtype of the state. `workspace` has workspace_bytes(...) bytes, any alignment.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "../types.h"
 
 namespace isobn::cpu {
-
-struct Options {
-  double momentum, eps, beta;
-  bool bias_correction;
-};
-
-struct State {
-  void* running_cov;                   // (D, D)
-  void* running_std;                   // (D,)
-  int64_t* num_batches_tracked;        // one element, or null
-};
-
-enum class Function : int { train_forward = 0, compute_scale = 1, train_backward = 2 };
 
 size_t workspace_bytes(Function function, DType dtype, int64_t N, int64_t D, int threads);
 

@@ -4,21 +4,11 @@
 // a tile of the covariance needs two panels that lie densely in cache whatever D is.
 #pragma once
 
-#include <cstdint>
+#include "../types.h"
 
 namespace isobn::cpu {
 
 constexpr int P = 64;
-
-enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
-
-// A matrix of any strides, in elements; `data` points at the first element of a panel's columns.
-struct Strided {
-  const void* data;
-  DType dtype;
-  int64_t row_stride;
-  int64_t col_stride;
-};
 
 // One tile (i, j) of the covariance, i <= j: rows i0.. of height hi, columns j0.. of width wj.
 template <class S>
@@ -31,8 +21,8 @@ struct Tile {
   const S* y_j;
   int64_t N;
   S keep, gain;               // C <- keep C + gain sum_n y_i y_j
-  const uint8_t* seen_i;      // per feature: whether this batch updates it; null: all of them
-  const uint8_t* seen_j;
+  const uint8_t* updated_i;   // per feature: is_updated(s_i); null where every feature is
+  const uint8_t* updated_j;
   const S* inv_i;             // 1 / sigma; inv_i also carries 1 / w
   const S* inv_j;
   S* row_sums;                // sum over this tile's columns of R_ij^2, (P,)
@@ -56,7 +46,7 @@ struct GradientPanel {
   const S* diag;      // dE + dE' t_i^2, twice
   const S* du_gamma;
   const S* s;
-  const uint8_t* seen;
+  const uint8_t* updated;
   const S* scale;
   S pair_gain;        // 2 / D
   S gain;             // m / (w N)
@@ -69,7 +59,8 @@ constexpr int rows_per_chunk = 256;
 
 template <class S>
 struct Kernels {
-  // (1), (2): centres one panel of x, returns whether every s_j is finite; a column whose s_j is not is zeroed.
+  // Of a Strided, `data` is the first element of the panel's columns.
+  // (1), (2): centres one panel of x, returns whether all are updated; the column of one that is not is zeroed.
   bool (*centre)(const Strided& x, int64_t N, int width, S* y, S* s);
   // (3)-(6) on one tile; `inspect` reads C as it is.
   void (*update)(const Tile<S>& tile);

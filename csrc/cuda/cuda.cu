@@ -8,9 +8,16 @@
 #include <stdexcept>
 #include <tuple>
 
-#include "kernels.cuh"
+#include "apply.cuh"
+#include "gradient.cuh"
+#include "step.cuh"
 
 namespace isobn::cuda {
+
+// Nothing: whether a kernel of this module can run at all.
+struct Probe {};
+__global__ void probe_kernel(const Probe) {}
+
 namespace {
 
 // ---- Errors and devices ----
@@ -22,30 +29,30 @@ void check(cudaError_t error, const char* call) {
 }
 #define CHECK(call) check(call, #call)
 
-// The device is current inside; the one before it afterwards.
-class Current {
+// Inside, the device is the current one; afterwards the one before it.
+class DeviceGuard {
  public:
-  explicit Current(int device) : device_(device) {
+  explicit DeviceGuard(int device) : device_(device) {
     CHECK(cudaGetDevice(&before_));
     if (before_ != device_) CHECK(cudaSetDevice(device_));
   }
-  ~Current() {
+  ~DeviceGuard() {
     if (before_ != device_) cudaSetDevice(before_);
   }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int device_, before_ = 0;
 };
 
-// Inside, this thread may load kernels whatever is being captured: neither has anything to do with the other.
-class Relaxed {
+// Inside, this thread may load kernels during a stream capture: loading is no part of what is captured.
+class RelaxedCapture {
  public:
-  Relaxed() { CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
-  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  Relaxed(const Relaxed&) = delete;
-  Relaxed& operator=(const Relaxed&) = delete;
+  RelaxedCapture() { CHECK(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
@@ -119,8 +126,8 @@ Plan plan_for(StepKernel kernel, int64_t D, int device) {
   const auto key = std::make_tuple(kernel, D, device);
   auto found = plans.find(key);
   if (found == plans.end()) {
-    const Current current(device);
-    const Relaxed relaxed;
+    const DeviceGuard guard(device);
+    const RelaxedCapture relaxed;
     found = plans.emplace(key, make_plan(kernel, D, device)).first;
   }
   return found->second;
@@ -134,7 +141,7 @@ void launch(void (*kernel)(const Params), dim3 grid, int threads, size_t shared,
 
 void run_step(StepKernel kernel, Step step, int64_t D, const Where& on, void* workspace) {
   Plan plan = plan_for(kernel, D, on.device);
-  const Current current(on.device);
+  const DeviceGuard guard(on.device);
   step.energies = static_cast<double*>(workspace);
   if (plan.whole) {
     step.phase = Phase::whole;
@@ -156,8 +163,6 @@ void run_step(StepKernel kernel, Step step, int64_t D, const Where& on, void* wo
 
 bool aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
-size_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
-
 // Whether a row's columns can be accessed four at a time.
 bool wide_rows(const Strided& x, int64_t D) {
   return D % 4 == 0 && x.col_stride == 1 && x.row_stride % 4 == 0 && aligned(x.data, 4 * item_size(x.dtype));
@@ -166,8 +171,8 @@ bool wide_rows(const Strided& x, int64_t D) {
 Step make_step(int64_t D, const State& state, float* scale, const Options& options) {
   Step step{};
   step.D = D;
-  step.C = state.running_cov;
-  step.running_std = state.running_std;
+  step.C = static_cast<float*>(state.running_cov);
+  step.running_std = static_cast<float*>(state.running_std);
   step.count = state.num_batches_tracked;
   step.scale = scale;
   step.beta = float(options.beta);
@@ -232,7 +237,7 @@ void compute_scale(int64_t D, const State& state, float* scale, const Options& o
 }
 
 void apply_scale(const Strided& x, int64_t N, int64_t D, const float* scale, void* out, const Where& on) {
-  const Current current(on.device);
+  const DeviceGuard guard(on.device);
   const Apply params{N, D, x.data, x.row_stride, x.col_stride, scale, out};
   const bool wide = wide_rows(x, D) && aligned(scale, 16) && aligned(out, 4 * item_size(x.dtype));
   if (x.dtype == DType::float16)
@@ -245,7 +250,7 @@ void apply_scale(const Strided& x, int64_t N, int64_t D, const float* scale, voi
 
 void train_backward(const Strided& dout, const Strided& x, int64_t N, int64_t D, const State& state, const float* scale,
                     void* dx, const Options& options, const Where& on, void* workspace) {
-  const Current current(on.device);
+  const DeviceGuard guard(on.device);
   Gradient params{};
   params.N = int(N);
   params.D = D;
@@ -255,8 +260,8 @@ void train_backward(const Strided& dout, const Strided& x, int64_t N, int64_t D,
   params.dout = dout.data;
   params.dout_row_stride = dout.row_stride;
   params.dout_col_stride = dout.col_stride;
-  params.C = state.running_cov;
-  params.running_std = state.running_std;
+  params.C = static_cast<const float*>(state.running_cov);
+  params.running_std = static_cast<const float*>(state.running_std);
   params.count = state.num_batches_tracked;
   params.scale = scale;
   params.dx = dx;
@@ -295,8 +300,8 @@ int runtime_version() {
 
 std::string probe(int device) {
   try {
-    const Current current(device);
-    const Relaxed relaxed;
+    const DeviceGuard guard(device);
+    const RelaxedCapture relaxed;
     cudaStream_t stream = nullptr;
     std::string failure;
     try {

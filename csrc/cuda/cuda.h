@@ -1,46 +1,24 @@
 // The CUDA backend: the four functions of isobn_kernels/reference.py on raw pointers of one device. No torch, no Python.
 //
-// x is float32, float16 or bfloat16 of any strides (in elements); all state is contiguous float32. Every function
+// x is float32, float16 or bfloat16; all state is float32. Every function
 // enqueues its launches on `on.stream` and returns; it reads nothing back and waits for nothing. `workspace` has
 // workspace_bytes(...) bytes, aligned as the allocators of CUDA align. Every error of CUDA is thrown as
 // std::runtime_error with its name.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <string>
+
+#include "../types.h"
 
 namespace isobn::cuda {
 
 constexpr int kMaxRows = 128;       // of a batch: their sums are taken in one run of float32
 constexpr int kMaxFeatures = 2048;  // a block's threads have four each, and its rows of C lie in shared memory
 
-enum class DType : int { float32 = 0, float16 = 2, bfloat16 = 3 };  // numbered as in csrc/cpu/kernels.h
-
-struct Strided {
-  const void* data;
-  DType dtype;
-  int64_t row_stride;
-  int64_t col_stride;
-};
-
-struct Options {
-  double momentum, eps, beta;
-  bool bias_correction;
-};
-
-struct State {
-  float* running_cov;            // (D, D)
-  float* running_std;            // (D,)
-  int64_t* num_batches_tracked;  // one element, or null
-};
-
 struct Where {
   int device;
   void* stream;  // cudaStream_t
 };
-
-enum class Function : int { train_forward = 0, compute_scale = 1, train_backward = 2 };
 
 size_t workspace_bytes(Function function, int64_t D);
 

@@ -1,27 +1,27 @@
 """The registry of backends, and the rule that picks one.
 
-A backend is a module with the functions of `isobn_kernels.reference`: ``train_forward``, ``compute_scale``,
-``apply_scale`` and ``train_backward``, and with ``unavailable_reason()`` and ``unsupported_reason(x)``, which say in
-words why it cannot run here or cannot take a tensor (None: it can): the batch (N, D), or for ``compute_scale``
-``running_std`` (D,). To add one, write the module and name it below.
+To add a backend, derive a class from `isobn_kernels.backends.base.Backend`, give its module a function ``create()``
+that returns the backend of this process, and name the module below.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
 from functools import cache
-from typing import Protocol, cast
 
 from torch import Tensor
 
-from isobn_kernels.state import Options, State, Where
+from isobn_kernels.backends.base import Backend
+from isobn_kernels.state import Where
 
 # Fastest first.
 _MODULES = {
     "cuda": "isobn_kernels.backends.cuda",
-    "triton": "isobn_kernels.backends.triton",
+    "triton": "isobn_kernels.backends.triton.launches",
     "cpu": "isobn_kernels.backends.cpu",
     "reference": "isobn_kernels.reference",
 }
@@ -34,30 +34,33 @@ _BY_NAME_ONLY = ("cuda", "triton")
 # What "auto" means to this process, where it can run; read once, at import.
 _PREFERRED = os.environ.get("ISOBN_BACKEND", "auto")
 
-
-class Step(Protocol):
-    """The functions of a training step; `isobn_kernels.reference` is the documentation of each."""
-
-    def too_few_rows(self, x: Tensor) -> bool: ...
-    def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]: ...
-    def compute_scale(self, state: State, options: Options) -> Tensor: ...
-    def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor: ...
-    def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor: ...
+_registered: dict[str, Backend] = {}
 
 
-class Backend(Step, Protocol):
-    """The functions of a backend, and who it is."""
-
-    NAME: str
-
-    def unavailable_reason(self) -> str | None: ...
-    def unsupported_reason(self, x: Tensor) -> str | None: ...
-
-
-@cache
 def load(name: str) -> Backend:
-    """The backend module called ``name``."""
-    return cast(Backend, importlib.import_module(_MODULES[name]))
+    """The backend called ``name``; its module is imported at the first call."""
+    backend = _registered.get(name)
+    if backend is None:
+        backend = importlib.import_module(_MODULES[name]).create()
+        register(backend)
+    return backend
+
+
+def register(backend: Backend) -> None:
+    """Hand out ``backend`` under its name from now on, in place of the one before."""
+    _registered[backend.name] = backend
+    _auto_order.cache_clear()
+
+
+@contextlib.contextmanager
+def replaced(backend: Backend) -> Iterator[None]:
+    """Inside, ``backend`` is handed out under its name."""
+    before = load(backend.name)
+    register(backend)
+    try:
+        yield
+    finally:
+        register(before)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -79,7 +82,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {('auto', *_MODULES)}, got {backend!r}")
 
 
-def select(where: Where, x: Tensor) -> Step:
+def select(where: Where, x: Tensor) -> Backend:
     """The backend asked for; with the name of a process group, on the rows of all its ranks."""
     chosen = _select(where.backend, x)
     if not where.group:

@@ -8,7 +8,7 @@ bit-identical.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from isobn_kernels import reference
 from isobn_kernels._torch_internals import group_named
+from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
-
-if TYPE_CHECKING:
-    from isobn_kernels.backends import Backend
 
 
 def check_group(process_group: Any) -> None:
@@ -68,12 +66,17 @@ def _check_available() -> None:
         raise RuntimeError("process_group needs torch.distributed, which this build of PyTorch lacks")
 
 
-class AcrossRanks:
+class AcrossRanks(Backend):
     """A backend on the rows of all ranks of a group: two all-reduces around the equations, the scale by ``backend``."""
 
     def __init__(self, backend: Backend, group_name: str) -> None:
-        self.backend, self.group = backend, group_named(group_name)
-        self.apply_scale, self.compute_scale = backend.apply_scale, backend.compute_scale
+        self.name, self.backend, self.group = backend.name, backend, group_named(group_name)
+
+    def compute_scale(self, state: State, options: Options) -> Tensor:
+        return self.backend.compute_scale(state, options)
+
+    def apply_scale(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.backend.apply_scale(x, scale)
 
     def too_few_rows(self, x: Tensor) -> bool:
         return False  # the ranks find out together, in `train_forward`
@@ -87,14 +90,14 @@ class AcrossRanks:
         B = _sum_over_ranks(products, self.group) / n  # (3)
         s = B.diagonal().sqrt()  # (2)
         varies = n >= 2
-        C, sigma = reference.moved(running_cov, running_std, B, s, options.momentum)
+        C, sigma = reference.moving_averages(running_cov, running_std, B, s, options.momentum)
         C, sigma = torch.where(varies, C, running_cov), torch.where(varies, sigma, running_std)
         count = None if num_batches_tracked is None else num_batches_tracked + varies
         saved_scale = self.backend.compute_scale(State(C, sigma, None, count), options)
         if scale is not None:
             saved_scale = torch.where(varies, saved_scale, scale)
         out = reference.apply_scale(x, saved_scale)
-        # Nothing is written before all of it is there: an error leaves the state as it was.
+        # Compute everything first, then write: if anything raises, the state is unchanged.
         running_cov.copy_(C)
         running_std.copy_(sigma)
         if scale is not None:

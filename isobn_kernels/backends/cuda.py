@@ -8,20 +8,103 @@ not, a step is two ordinary launches). Larger ones are left to other backends.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isobn_kernels.state import Options, State
+from isobn_kernels.backends.native import NativeBackend
 
-NAME = "cuda"
+# The handle of the caller's stream, by the index of the device: without torch.cuda.current_stream's objects, which take
+# microseconds. PyTorch built without CUDA has none.
+_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
-_DEVICE_TYPE = "cuda"
-_DTYPE = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}  # DType in csrc/cuda/cuda.h
-_TRAIN_FORWARD, _COMPUTE_SCALE, _TRAIN_BACKWARD = range(3)  # Function in csrc/cuda/cuda.h
+
+class CudaBackend(NativeBackend):
+    """The kernels of `isobn_kernels._cuda`."""
+
+    name = "cuda"
+    device_type = "cuda"
+
+    def __init__(self, extension: Any, missing: str | None = None) -> None:
+        super().__init__(extension, missing)
+        self._tried: set[int] = set()  # GPUs that a kernel ran on; a failure may pass, as when memory is short
+
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run here, or None.
+
+        Trying a device initialises CUDA. It is left to `unsupported_reason` unless something else has initialised it.
+        """
+        return self.missing or self._machine_reason or (self._devices_reason() if torch.cuda.is_initialized() else None)
+
+    @cached_property
+    def _machine_reason(self) -> str | None:
+        return self.machine_reason()
+
+    def machine_reason(self) -> str | None:
+        """Why no GPU of this machine can run these kernels, or None."""
+        if not torch.cuda.is_available():
+            return f"there is no GPU that torch can use; {self._built()}"
+        driver, runtime = self.extension.driver_version(), self.extension.runtime_version()
+        if driver == 0:
+            return f"there is no NVIDIA driver; {self._built()}"
+        if driver // 1000 < runtime // 1000:
+            return (
+                f"the driver is too old: it supports CUDA {_version(driver)}, and {self._built()} of CUDA "
+                f"{_version(runtime)}. Update the driver, or build with an older nvcc"
+            )
+        return None
+
+    def _devices_reason(self) -> str | None:
+        # A launch makes a context (half a GB), which a GPU that this process never uses must not get. Of several GPUs
+        # `unsupported_reason` tries the one that the tensor is on.
+        return self.device_reason(0) if torch.cuda.device_count() == 1 else None
+
+    def device_reason(self, device: int) -> str | None:
+        """Why a GPU cannot run these kernels, or None. Tries one that does nothing, once, and waits for it."""
+        if device in self._tried:
+            return None
+        failure: str = self.extension.probe(device)
+        if not failure:
+            self._tried.add(device)
+            return None
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        return f"a kernel does not run on cuda:{device}, {name} of sm_{major}{minor}; {self._built()}: {failure}"
+
+    def _built(self) -> str:
+        return "this build has code for " + self.extension.build_info()["targets"]
+
+    def unsupported_reason(self, x: Tensor) -> str | None:
+        if x.device.type != self.device_type:
+            return f"x is on {x.device} and it takes GPU tensors"
+        if x.dtype == torch.float64:
+            return "x is float64 and it takes float16, bfloat16 and float32: use the backend 'reference'"
+        most = self.extension.MAX_FEATURES
+        if x.shape[-1] > most:
+            return f"x has {x.shape[-1]} features and it takes at most {most}: use 'triton' or 'reference'"
+        most = self.extension.MAX_ROWS
+        if x.dim() == 2 and x.shape[0] > most:
+            return f"x has {x.shape[0]} rows and it takes at most {most}: use the backend 'triton' or 'reference'"
+        return self.device_reason(x.get_device())
+
+    def processor(self, x: Tensor) -> tuple[int, ...]:
+        device = x.get_device()
+        return device, _stream(device)
+
+    def _workspace(self, function: int, N: int, D: int, x: Tensor) -> Tensor:
+        return torch.empty(self.extension.workspace_bytes(function, D), dtype=torch.uint8, device=x.device)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def create() -> CudaBackend:
+    """The backend of this process."""
+    return CudaBackend(*_load())
 
 
 def _load() -> tuple[Any, str | None]:
@@ -36,188 +119,3 @@ def _load() -> tuple[Any, str | None]:
             f"pip install --force-reinstall --no-deps {source}"
         )
     return _cuda, None
-
-
-_cuda, _REASON = _load()
-
-# The handle of the caller's stream, by the index of the device: without torch.cuda.current_stream's objects, which take
-# microseconds. PyTorch built without CUDA has none.
-_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
-
-
-def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, or None.
-
-    To try a device out initialises CUDA, so that it is left to `unsupported_reason` until something else has done that.
-    """
-    return _REASON or _machine_reason() or (_devices_reason() if torch.cuda.is_initialized() else None)
-
-
-@cache
-def _machine_reason() -> str | None:
-    if not torch.cuda.is_available():
-        return f"there is no GPU that torch can use; {_built()}"
-    driver, runtime = _cuda.driver_version(), _cuda.runtime_version()
-    if driver == 0:
-        return f"there is no driver of NVIDIA's; {_built()}"
-    if driver // 1000 < runtime // 1000:
-        return (
-            f"the driver is too old: it supports CUDA {_version(driver)}, and {_built()} of CUDA {_version(runtime)}. "
-            "Update the driver, or build with an older nvcc"
-        )
-    return None
-
-
-def _devices_reason() -> str | None:
-    # A launch makes a context (half a GB), which a GPU that this process never uses must not get: of several,
-    # `unsupported_reason` tries the one that the tensor is on.
-    return device_reason(0) if torch.cuda.device_count() == 1 else None
-
-
-_tried: set[int] = set()  # GPUs that a kernel ran on; a failure may pass, as when memory is short
-
-
-def device_reason(device: int) -> str | None:
-    """Why a GPU cannot run these kernels, or None. Tries one that does nothing, once, and waits for it."""
-    if device in _tried:
-        return None
-    failure: str = _cuda.probe(device)
-    if not failure:
-        _tried.add(device)
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return f"a kernel does not run on cuda:{device}, {name} of sm_{major}{minor}; {_built()}: {failure}"
-
-
-def _built() -> str:
-    return "this build has code for " + _cuda.build_info()["targets"]
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def unsupported_reason(x: Tensor) -> str | None:
-    """Why this backend cannot take ``x``, or None."""
-    if x.device.type != _DEVICE_TYPE:
-        return f"x is on {x.device} and it takes GPU tensors"
-    if x.dtype not in _DTYPE:
-        return "x is float64 and it takes float16, bfloat16 and float32: use the backend 'reference'"
-    if x.shape[-1] > _cuda.MAX_FEATURES:
-        return f"x has {x.shape[-1]} features and it takes at most {_cuda.MAX_FEATURES}: use 'triton' or 'reference'"
-    if x.dim() == 2 and x.shape[0] > _cuda.MAX_ROWS:
-        return f"x has {x.shape[0]} rows and it takes at most {_cuda.MAX_ROWS}: use the backend 'triton' or 'reference'"
-    return device_reason(x.get_device())
-
-
-def too_few_rows(x: Tensor) -> bool:
-    return x.shape[0] < 2
-
-
-def train_forward(x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
-    running_cov, running_std, scale, num_batches_tracked = state
-    momentum, eps, beta, bias_correction = options
-    N, D = x.shape
-    dtype, device, index = _DTYPE[x.dtype], x.device, x.get_device()
-    scale = torch.empty_like(running_std) if scale is None else scale
-    out = torch.empty((N, D), dtype=x.dtype, device=device)
-    saved_scale = torch.empty_like(running_std)
-    workspace = torch.empty(_cuda.workspace_bytes(_TRAIN_FORWARD, D), dtype=torch.uint8, device=device)
-    _cuda.train_forward(
-        x.data_ptr(),
-        dtype,
-        *x.stride(),
-        N,
-        D,
-        running_cov.data_ptr(),
-        running_std.data_ptr(),
-        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-        scale.data_ptr(),
-        saved_scale.data_ptr(),
-        out.data_ptr(),
-        momentum,
-        eps,
-        beta,
-        bias_correction,
-        index,
-        _stream(index),
-        workspace.data_ptr(),
-    )
-    # Autograd must know of the writes it did not see, to refuse a backward that saved one of these.
-    written = (running_cov, running_std, scale, num_batches_tracked)
-    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
-    return out, saved_scale
-
-
-def compute_scale(state: State, options: Options) -> Tensor:
-    running_cov, running_std, _, num_batches_tracked = state
-    momentum, eps, beta, bias_correction = options
-    (D,), index = running_std.shape, running_std.get_device()
-    scale = torch.empty_like(running_std)
-    workspace = torch.empty(_cuda.workspace_bytes(_COMPUTE_SCALE, D), dtype=torch.uint8, device=running_std.device)
-    _cuda.compute_scale(
-        D,
-        running_cov.data_ptr(),
-        running_std.data_ptr(),
-        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-        scale.data_ptr(),
-        momentum,
-        eps,
-        beta,
-        bias_correction,
-        index,
-        _stream(index),
-        workspace.data_ptr(),
-    )
-    return scale
-
-
-def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
-    N, D = x.shape
-    index = x.get_device()
-    out = torch.empty((N, D), dtype=x.dtype, device=x.device)
-    if N > 0:
-        _cuda.apply_scale(
-            x.data_ptr(),
-            _DTYPE[x.dtype],
-            *x.stride(),
-            N,
-            D,
-            scale.data_ptr(),
-            out.data_ptr(),
-            index,
-            _stream(index),
-        )
-    return out
-
-
-def train_backward(dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
-    running_cov, running_std, _, num_batches_tracked = state
-    momentum, eps, beta, bias_correction = options
-    N, D = x.shape
-    dtype, device, index = _DTYPE[x.dtype], x.device, x.get_device()
-    dx = torch.empty((N, D), dtype=x.dtype, device=device)
-    workspace = torch.empty(_cuda.workspace_bytes(_TRAIN_BACKWARD, D), dtype=torch.uint8, device=device)
-    _cuda.train_backward(
-        dout.data_ptr(),
-        *dout.stride(),
-        x.data_ptr(),
-        dtype,
-        *x.stride(),
-        N,
-        D,
-        running_cov.data_ptr(),
-        running_std.data_ptr(),
-        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-        state.stored_scale.data_ptr(),
-        dx.data_ptr(),
-        momentum,
-        eps,
-        beta,
-        bias_correction,
-        index,
-        _stream(index),
-        workspace.data_ptr(),
-    )
-    return dx
