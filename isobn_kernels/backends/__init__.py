@@ -39,11 +39,9 @@ _registered: dict[str, Backend] = {}
 
 def load(name: str) -> Backend:
     """The backend called ``name``; its module is imported at the first call."""
-    backend = _registered.get(name)
-    if backend is None:
-        backend = importlib.import_module(_MODULES[name]).create()
-        register(backend)
-    return backend
+    if name not in _registered:
+        _registered[name] = importlib.import_module(_MODULES[name]).create()
+    return _registered[name]
 
 
 def register(backend: Backend) -> None:
