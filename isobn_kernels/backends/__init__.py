@@ -23,7 +23,7 @@ _MODULES = {
     "cuda": "isobn_kernels.backends.cuda",
     "triton": "isobn_kernels.backends.triton.launches",
     "cpu": "isobn_kernels.backends.cpu",
-    "reference": "isobn_kernels.reference",
+    "reference": "isobn_kernels.backends.reference",
 }
 
 NAMES = tuple(_MODULES)
@@ -85,9 +85,9 @@ def select(where: Where, x: Tensor) -> Backend:
     chosen = _select(where.backend, x)
     if not where.group:
         return chosen
-    from isobn_kernels.backends.across_ranks import AcrossRanks
+    from isobn_kernels.backends.across_ranks import across_ranks
 
-    return AcrossRanks(chosen, where.group)
+    return across_ranks(chosen, where.group)
 
 
 def _select(backend: str, x: Tensor) -> Backend:
