@@ -147,7 +147,7 @@ inline void next_rows(const RowOfTiles<S>& tiles, int row, int64_t j0) {
     for (int j = 0; j < first; ++j) to[j] = fresh[j * P + i];
     if (on_diagonal) tiles.diagonal[i0 + i] = to[i];
   }
-  Tile<S> tile;
+  Tile<S> tile{};
   tile.inv_i = tiles.row_inv + i0;
   tile.inv_j = tiles.inv + j0;
   S* const row_sums = tiles.partial + j0 / P * tiles.padded + i0;
