@@ -26,7 +26,7 @@ TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton 
 	triton))
 # The CUDA kernels on an emulator, which is built of tests/emulation once.
 TEST_CUDA = ISOBN_TEST_CUDA=emulated $(PYTEST) -k cuda $(addprefix tests/test_, \
-	$(addsuffix .py, conformance cuda determinism direct_path edge_cases errors generic_module gradients layouts module \
+	$(addsuffix .py, across_ranks conformance cuda determinism direct_path edge_cases errors generic_module gradients layouts module \
 	op properties))
 
 .PHONY: demo test test-all lint bench clean

@@ -6,6 +6,7 @@ plot     draw the speed-ups and the scaling curves of the table
 readme   write the README's speed section from the table
 compare  time two commits on this machine, interleaved
 host     what Python costs per call, with the launches stubbed
+ranks    what a step across ranks costs, beside its messages and a step alone
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("run", "model", "plot", "readme", "compare", "host")
+COMMANDS = ("run", "model", "plot", "readme", "compare", "host", "ranks")
 
 
 def main(argv: list[str] | None = None) -> int:

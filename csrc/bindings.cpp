@@ -77,6 +77,48 @@ PYBIND11_MODULE(_C, module) {
       "N"_a, "D"_a, "running_cov"_a, "running_std"_a, "num_batches_tracked"_a, "scale"_a, "dx"_a, "momentum"_a,
       "eps"_a, "beta"_a, "bias_correction"_a, "threads"_a, "workspace"_a);
 
+  module.def(
+      "column_sums",
+      [](Address x, int dtype, int64_t row_stride, int64_t col_stride, int64_t N, int64_t D, Address sums,
+         int threads) {
+        cpu::column_sums(strided(x, dtype, row_stride, col_stride), N, D, static_cast<double*>(pointer(sums)),
+                         threads);
+      },
+      nogil, "x"_a, "dtype"_a, "row_stride"_a, "col_stride"_a, "N"_a, "D"_a, "sums"_a, "threads"_a);
+
+  module.def(
+      "centred_gram",
+      [](Address x, int dtype, int64_t row_stride, int64_t col_stride, int64_t N, int64_t D, Address sums, Address gram,
+         int threads, Address workspace) {
+        cpu::centred_gram(strided(x, dtype, row_stride, col_stride), N, D, static_cast<const double*>(pointer(sums)),
+                          pointer(gram), threads, pointer(workspace));
+      },
+      nogil, "x"_a, "dtype"_a, "row_stride"_a, "col_stride"_a, "N"_a, "D"_a, "sums"_a, "gram"_a, "threads"_a,
+      "workspace"_a);
+
+  module.def(
+      "next_state",
+      [](int dtype, int64_t D, Address sums, Address running_cov, Address running_std, Address num_batches_tracked,
+         Address scale, Address gram, Address scale_and_std, double momentum, double eps, double beta,
+         bool bias_correction, int threads, Address workspace) {
+        cpu::next_state(DType(dtype), D, static_cast<const double*>(pointer(sums)),
+                        state(running_cov, running_std, num_batches_tracked), pointer(scale), pointer(gram),
+                        pointer(scale_and_std), {momentum, eps, beta, bias_correction}, threads, pointer(workspace));
+      },
+      nogil, "dtype"_a, "D"_a, "sums"_a, "running_cov"_a, "running_std"_a, "num_batches_tracked"_a, "scale"_a, "gram"_a,
+      "scale_and_std"_a, "momentum"_a, "eps"_a, "beta"_a, "bias_correction"_a, "threads"_a, "workspace"_a);
+
+  module.def(
+      "write_state",
+      [](int dtype, int64_t D, Address sums, Address triangle, Address scale_and_std, Address running_cov,
+         Address running_std, Address num_batches_tracked, Address scale, int threads) {
+        cpu::write_state(DType(dtype), D, static_cast<const double*>(pointer(sums)), pointer(triangle),
+                         pointer(scale_and_std), state(running_cov, running_std, num_batches_tracked), pointer(scale),
+                         threads);
+      },
+      nogil, "dtype"_a, "D"_a, "sums"_a, "triangle"_a, "scale_and_std"_a, "running_cov"_a, "running_std"_a,
+      "num_batches_tracked"_a, "scale"_a, "threads"_a);
+
   module.def("instruction_sets", &cpu::instruction_sets, "Instruction sets that this processor can run.");
   module.def("instruction_set", &cpu::instruction_set, "The instruction set in use.");
   module.def("set_instruction_set", &cpu::set_instruction_set, "name"_a);

@@ -65,6 +65,50 @@ def train_backward(
     threads: int,
     workspace: int,
 ) -> None: ...
+def column_sums(
+    x: int, dtype: int, row_stride: int, col_stride: int, N: int, D: int, sums: int, threads: int
+) -> None: ...
+def centred_gram(
+    x: int,
+    dtype: int,
+    row_stride: int,
+    col_stride: int,
+    N: int,
+    D: int,
+    sums: int,
+    gram: int,
+    threads: int,
+    workspace: int,
+) -> None: ...
+def next_state(
+    dtype: int,
+    D: int,
+    sums: int,
+    running_cov: int,
+    running_std: int,
+    num_batches_tracked: int,
+    scale: int,
+    gram: int,
+    scale_and_std: int,
+    momentum: float,
+    eps: float,
+    beta: float,
+    bias_correction: bool,
+    threads: int,
+    workspace: int,
+) -> None: ...
+def write_state(
+    dtype: int,
+    D: int,
+    sums: int,
+    triangle: int,
+    scale_and_std: int,
+    running_cov: int,
+    running_std: int,
+    num_batches_tracked: int,
+    scale: int,
+    threads: int,
+) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str) -> None: ...

@@ -41,7 +41,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
 
 # Rows of the batch in one matrix product: a longer one, of few columns, adds up inaccurately in some BLAS libraries.
@@ -206,6 +205,71 @@ def correction_weight(num_batches_tracked: Tensor | None, momentum: float, bias_
     return torch.where(w == 0, 1.0, w)
 
 
+# ---- Statistics across ranks: the sums of one rank, and the state after the sums of all ----
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """The rows of ``x``, and the sums of its columns: those of each of its `halves`. In float64.
+
+    The sum of a constant feature is exact. Its mean and ``y = 0`` are then exact too, as in (1): the ranks know no
+    common row 0.
+    """
+    rows = torch.full((1,), x.shape[0], dtype=torch.float64, device=x.device)
+    return torch.cat([rows, *(half.sum(0) for half in halves(x))])
+
+
+def halves(x: Tensor) -> list[Tensor]:
+    """Float64 terms that add up to ``x``, of so few digits that the sum of equal rows is exact."""
+    if x.dtype is not torch.float64:
+        return [x.double()]
+    high = (x.view(torch.int64) & (-1 << 27)).view(torch.float64)
+    return [high, x - high]
+
+
+def centre_about(x: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1) with the mean of all ranks, of which ``sums`` are the `column_sums`."""
+    parts = halves(x)
+    means = (sums[1:] / sums[0]).view(len(parts), -1)
+    return cast(Tensor, sum(part - mean for part, mean in zip(parts, means, strict=True))).to(dtype)
+
+
+def centred_gram(x: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """(3) before the division by N, for the rows of this rank: the upper triangle (D (D + 1) / 2,), row by row."""
+    with exact_float32_matmul(x):
+        products = gram(centre_about(x, sums, dtype))
+    i, j = torch.triu_indices(*products.shape, device=x.device)
+    return products[i, j]
+
+
+def from_upper_triangle(packed: Tensor, D: int) -> Tensor:
+    """The symmetric matrix (D, D) of an upper triangle that lies row by row."""
+    i = torch.arange(D, device=packed.device)
+    row, column = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    return packed[row * D - row * (row + 1) // 2 + column]
+
+
+def deviations(squares: Tensor, rows: Tensor) -> Tensor:
+    """(2) from sums of squares. Infinite, and so skipped, where a product of two such features may overflow too."""
+    largest, exact = 0.99 * torch.finfo(squares.dtype).max, squares.double()
+    return torch.where(exact < largest, (exact / rows).sqrt(), torch.inf).to(squares.dtype)
+
+
+def next_statistics(gram: Tensor, rows: Tensor, state: State, momentum: float) -> tuple[Tensor, Tensor]:
+    """(2)-(4): C and sigma after a step with the `centred_gram` of all ranks; with fewer than two rows as they are.
+
+    Each product and each sum of C is rounded once, by every backend, so that all ranks get the same bits.
+    """
+    products = from_upper_triangle(gram, state.running_std.shape[0])
+    s = deviations(products.diagonal(), rows)
+    updated = s.isfinite() & (rows >= 2)
+    running_cov = symmetric(state.running_cov)
+    gain = torch.full_like(rows, momentum) / rows  # a number / a tensor is a product with the reciprocal, rounded twice
+    C = (1 - momentum) * running_cov + gain.to(gram.dtype) * products
+    C = torch.where(updated[:, None] & updated, C, running_cov)
+    sigma = torch.where(updated, (1 - momentum) * state.running_std + momentum * s, state.running_std)
+    return C, sigma
+
+
 @contextlib.contextmanager
 def exact_float32_matmul(x: Tensor) -> Iterator[None]:
     """Matrix products inside are IEEE float32: no autocast, no TF32, no bf16 passes, whatever the user chose."""
@@ -220,17 +284,3 @@ def exact_float32_matmul(x: Tensor) -> Iterator[None]:
     finally:
         if reduced:
             matmul.fp32_precision = chosen
-
-
-class ReferenceBackend(Backend):
-    """The equations above as a backend: it runs everywhere and takes every tensor."""
-
-    name = "reference"
-
-    train_forward = staticmethod(train_forward)
-    compute_scale = staticmethod(compute_scale)
-    apply_scale = staticmethod(apply_scale)
-    train_backward = staticmethod(train_backward)
-
-
-create = ReferenceBackend

@@ -6,8 +6,10 @@ Each rank draws the whole batch from a seed and takes its rows of it, so that it
 with the oracle, or with one process, on the concatenated batch. Reports go to FOLDER, a file for each rank.
 """
 
+import contextlib
 import copy
 import datetime
+import functools
 import json
 import os
 import pickle
@@ -20,6 +22,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from cases import kernels
 from helpers import (
     DTYPES,
     State,
@@ -40,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from isobn_kernels import IsoBN, isobn, reference
+from isobn_kernels import IsoBN, available_backends, backends, isobn
 from isobn_kernels.backends.across_ranks import AcrossRanks
-from isobn_kernels.state import Options
+from isobn_kernels.state import Options, Where
 from isobn_kernels.state import State as Bundle
 
 D = 12
@@ -383,59 +386,145 @@ def autocast_is_off_inside():
 
 
 class Calls:
-    """The shapes of the all-reduces while it is entered."""
+    """The collectives while it is entered: the name and the shape of each."""
+
+    NAMES = ("all_reduce", "broadcast")
 
     def __enter__(self):
-        self.shapes, self.real = [], dist.all_reduce
-        dist.all_reduce = self
-        return self.shapes
+        self.found = []
+        self.patches = [mock.patch.object(dist, name, functools.partial(self.call, name)) for name in self.NAMES]
+        self.real = {name: getattr(dist, name) for name in self.NAMES}
+        for patch in self.patches:
+            patch.start()
+        return self.found
 
-    def __call__(self, tensor, *args, **options):
-        self.shapes.append((*tensor.shape, tensor.dtype))
-        return self.real(tensor, *args, **options)
+    def call(self, name, tensor, *args, **options):
+        self.found.append((name, *tensor.shape, tensor.dtype))
+        return self.real[name](tensor, *args, **options)
 
     def __exit__(self, *_):
-        dist.all_reduce = self.real
+        for patch in self.patches:
+            patch.stop()
 
 
 class NoCalls(Calls):
-    def __call__(self, tensor, *_, **__):
+    def call(self, name, tensor, *_, **__):
         return None
 
 
 class FailingCall(Calls):
-    """All-reduces of which one fails, on every rank alike: none then waits for another."""
+    """Collectives of which one fails, on every rank alike: none then waits for another."""
 
     def __init__(self, number):
         self.number = number
 
-    def __call__(self, tensor, *args, **options):
-        if len(self.shapes) == self.number:
+    def call(self, name, tensor, *args, **options):
+        if len(self.found) == self.number:
             raise RuntimeError("it failed")
-        return super().__call__(tensor, *args, **options)
+        return super().call(name, tensor, *args, **options)
 
 
-@check(1, 2)
+@check(2)
 def an_error_within_a_step_leaves_the_state_alone():
     sizes = [5] * world()
     x = mine(batch(sum(sizes), D), sizes).requires_grad_()
-    for stop_gradient in (True, False):
-        for part in (0, 1, "scale"):
-            state, expected = warm(D), warm(D)
-            before = state.clone()
-            failing = FailingCall(part)
-            if part == "scale":
-                failing = mock.patch.object(reference, "compute_scale", side_effect=RuntimeError("it failed"))
-            with pytest.raises(RuntimeError, match="it failed"), failing:
-                train(x, state, stop_gradient=stop_gradient, backend="reference")
-            assert_untouched(state, before)
-            for s in (state, expected):
-                train(x, s, stop_gradient=stop_gradient, backend="reference")
-            assert_same_state(state, expected)
+    for backend in ("reference", "auto"):
+        parts = [FailingCall(number) for number in range(3)]
+        for name in ("next_state", "apply_scale"):
+            owner = type(backends.select(Where(backend), x))
+            parts.append(mock.patch.object(owner, name, side_effect=RuntimeError("it failed")))
+        for failing in parts:
+            for stop_gradient in (True, False):
+                state, expected = warm(D), warm(D)
+                before = state.clone()
+                with pytest.raises(RuntimeError, match="it failed"), failing:
+                    train(x, state, stop_gradient=stop_gradient, backend=backend)
+                assert_untouched(state, before)
+                for s in (state, expected):
+                    train(x, s, stop_gradient=stop_gradient, backend=backend)
+                assert_same_state(state, expected)
 
 
-@check(1, 2)
-def two_collectives_of_fixed_size():
+@check(1)
+def a_group_of_one_is_a_process_alone():
+    for dtype in (torch.float32, torch.bfloat16):
+        for options in ({}, {"stop_gradient": False}, {"bias_correction": True}):
+            alone, grouped = warm(D, dtype), warm(D, dtype)
+            for step, rows in enumerate((9, 0, 1, 5)):
+                found = []
+                for state, group in ((alone, None), (grouped, dist.group.WORLD)):
+                    x = batch(rows, D, seed=step, dtype=dtype).requires_grad_()
+                    with Calls() as calls:
+                        out = isobn(x, **state.tensors, training=True, process_group=group, **options)
+                        found.append((out, *torch.autograd.grad(out, x, upstream(rows, D, seed=step, dtype=dtype))))
+                    assert not calls
+                assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+                assert_same_state(grouped, alone)
+
+
+@contextlib.contextmanager
+def chosen(rank_choices):
+    """What this rank chose of the backends and instruction sets of all ranks; yields the backend."""
+    backend, isa = rank_choices[rank() % len(rank_choices)]
+    before = kernels().instruction_set()
+    kernels().set_instruction_set(isa or before)
+    try:
+        yield backend
+    finally:
+        kernels().set_instruction_set(before)
+
+
+@check(2, 4)
+def ranks_that_chose_differently():
+    """Backends, and processors with other instructions: all ranks hold the same bits, and they are right."""
+    if "cpu" not in available_backends():
+        return
+    native = kernels().instruction_set()
+    pairs = [(("cpu", None), ("reference", None)), (("reference", None), ("cpu", None))]
+    pairs += [(("cpu", isa), ("cpu", native)) for isa in kernels().instruction_sets()[:-1]]
+    pairs += [(("cpu", native), ("reference", None), ("cpu", "baseline"))]
+    for choices in pairs:
+        for features in (1, 7, 129):
+            for dtype in DTYPES:
+                for options in ({}, {"bias_correction": True, "beta": 0.7}):
+                    sizes = [9, 0, 6, 3][: world()]
+                    state, alone = warm(features, dtype), Alone(warm(features, dtype))
+                    for step in range(3):
+                        x = batch(sum(sizes), features, seed=step, dtype=dtype)
+                        dout = upstream(sum(sizes), features, seed=step, dtype=dtype)
+                        if features > 2:
+                            x[:, 1] = 2.5
+                        rows = mine(x, sizes).requires_grad_()
+                        with chosen(choices) as backend:
+                            out = train(rows, state, backend=backend, stop_gradient=False, **options)
+                            (dx,) = torch.autograd.grad(out, rows, mine(dout, sizes))
+                        alone.train(x, dout, **options)
+                        found = {"out": concatenated(out), "dx through statistics": concatenated(dx)}
+                        alone.check(state, BOUNDS[dtype_name(dtype)], **found)
+                        assert_same_everywhere(state)
+
+
+@check(2)
+def a_width_of_768():
+    """Of the size of a sentence encoder, on ranks that chose differently, with a feature that is skipped."""
+    if "cpu" not in available_backends():
+        return
+    sizes = [40, 23]
+    for choices in ((("cpu", None), ("reference", None)), (("cpu", "baseline"), ("cpu", None))):
+        state, alone = fresh(768), Alone(fresh(768))
+        for step in range(3):
+            x = batch(sum(sizes), 768, seed=step)
+            if step == 1:
+                x[-1, 700] = float("nan")
+            with chosen(choices) as backend:
+                out = train(mine(x, sizes), state, backend=backend)
+            alone.train(x)
+            alone.check(state, out=concatenated(out))
+            assert_same_everywhere(state)
+
+
+@check(2)
+def collectives_of_fixed_size():
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (0, 1, 5, 33):
             x = batch(rows, D, dtype=dtype).requires_grad_()
@@ -446,13 +535,17 @@ def two_collectives_of_fixed_size():
                 out.sum().backward()
             with Calls() as evaluation:
                 layer.eval()(x).sum().backward()
-            assert forward == [(1 + D, torch.float64), (D, D, torch.float32)]
+            assert forward == [
+                ("all_reduce", 1 + D, torch.float64),
+                ("all_reduce", D * (D + 1) // 2, torch.float32),
+                ("broadcast", 2, D, torch.float32),
+            ]
             assert (backward, evaluation) == ([], [])
             layer = IsoBN(D, process_group=dist.group.WORLD, stop_gradient=False)
             out = layer(x)
             with Calls() as backward:
                 out.sum().backward()
-            assert backward == [(1 + D, torch.float64), (2, D, torch.float32)]
+            assert backward == [("all_reduce", 1 + D, torch.float64), ("all_reduce", 2, D, torch.float32)]
 
 
 @check(1)
@@ -463,13 +556,13 @@ def nothing_is_read_by_the_host():
             assert "nonzero" not in str(func), "a shape depends on a value"
             return func(*args, **(kwargs or {}))
 
-    state, x = warm(D), batch(9, D)
-    numbers = (0.05, 1e-3, 0.5, True)
-    group = dist.group.WORLD
-    with NoCalls(), Reads():  # PyTorch 2.13 crashes on a collective under such a mode; of one rank it does nothing
-        step, bundle = AcrossRanks(reference, group.group_name), Bundle(*state.tensors.values())
-        _, scale = step.train_forward(x, bundle, Options(*numbers))
-        step.train_backward(x, x, bundle._replace(scale=scale), Options(*numbers))
+    options = Options(0.05, 1e-3, 0.5, True)
+    for name in available_backends():
+        state, x = warm(D), batch(9, D)
+        step, bundle = AcrossRanks(backends.load(name), dist.group.WORLD), Bundle(*state.tensors.values())
+        with NoCalls(), Reads():  # PyTorch 2.13 crashes on a collective under such a mode; of one rank it does nothing
+            _, scale = step.train_forward(x, bundle, options)
+            step.train_backward(x, x, bundle._replace(scale=scale), options)
 
 
 @check(1)
@@ -708,7 +801,7 @@ def activation_checkpointing_under_ddp():
             wrapped = DDP(Checkpointed(IsoBN.convert_sync_isobn(model(**options)), use_reentrant))
             with Calls() as calls:
                 train_all(wrapped, *alone, steps=4)
-            assert len(calls) == 4 * (2 if not options else 4), "a recomputation called the other ranks"
+            assert len(calls) == 4 * (3 if not options else 5), "a recomputation called the other ranks"
             assert_equal_models(wrapped.module.inner, *alone)
             assert int(alone[0][2].num_batches_tracked) == 4
             assert_same_everywhere(state_of(wrapped.module.inner[2]))

@@ -14,7 +14,8 @@ import torch
 from helpers import batch, fresh, same_bits, upstream, warm
 from torch.autograd import forward_ad
 
-from isobn_kernels import IsoBN, isobn
+from isobn_kernels import IsoBN, backends, isobn
+from isobn_kernels.state import Options, State
 
 N, D = 6, 7
 # As in setup.py, which cannot be imported; AddressSanitizer needs one with intrinsics and one without.
@@ -241,6 +242,17 @@ def good_calls():
                         state, x = fresh(features, dtype), layout(batch(rows, features, dtype=dtype)).requires_grad_()
                         out = isobn(x, **state.tensors, training=True, backend="cpu", **options)
                         out.backward(out.detach()[:1].expand_as(out) if rows else out.detach())
+                    parts_of_a_step_across_ranks(layout(batch(rows, features, dtype=dtype)), fresh(features, dtype))
+
+
+def parts_of_a_step_across_ranks(x, state):
+    """One part after the other, as a group calls them."""
+    backend, bundle = backends.load("cpu"), State(**state.tensors)
+    sums = backend.column_sums(x)
+    gram = backend.centred_gram(x, sums, state.running_cov.dtype)
+    for arguments in (bundle, bundle._replace(scale=None, num_batches_tracked=None)):
+        after = backend.next_state(gram.clone(), sums, arguments, Options())
+        backend.write_state(arguments, after, sums)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the published code leaves undefined: one test, or a few, for each row of the table in the README."""
+"""What the published code leaves undefined: a test or a few for each case that this package defines."""
 
 import math
 from dataclasses import replace
@@ -200,6 +200,19 @@ def test_deviation_that_overflows_is_skipped(case):
     x[:, 4] *= 1e25
     train_rightly(x, state, case, largest=torch.finfo(torch.float32).max)
     assert same_bits(state.running_cov[4], before.running_cov[4])
+
+
+@pytest.mark.parametrize(("part", "skipped"), [(0.98, False), (0.995, True)])
+def test_kernels_skip_a_feature_whose_squares_nearly_overflow(kernel_case, part, skipped):
+    """At the same sum of squares on every kernel: products of two such features must not overflow either."""
+    state = warm(7, device=kernel_case.device)
+    before = state.clone()
+    x = batch(2, 7, device=kernel_case.device)
+    x[:, 4] = math.sqrt(part / 2) * math.sqrt(torch.finfo(torch.float32).max) * torch.tensor([1, -1])
+    x[:, 5] = x[:, 4]
+    train(x, state, kernel_case)
+    assert same_bits(state.running_std[4:6], before.running_std[4:6]) == skipped
+    assert_finite(replace(state, scale=torch.ones(7)))  # E itself may overflow
 
 
 def test_differences_that_overflow(case):

@@ -7,6 +7,8 @@ import torch
 from helpers import assert_untouched, batch, warm
 
 from isobn_kernels import IsoBN, backends, isobn
+from isobn_kernels.backends.cpu import CpuBackend
+from isobn_kernels.state import Where
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 X = torch.ones(17, 7)
@@ -161,26 +163,25 @@ def test_unknown_backend():
             )
 
 
-def test_backend_that_cannot_run(monkeypatch):
+def test_backend_that_cannot_run():
     """Asked for by name it says why, and what to do; "auto" does without it."""
-    chosen = backends.load("cpu")
-    monkeypatch.setattr(chosen, "unavailable_reason", lambda: "its extension is missing: install a compiler")
     words = ["'cpu'", "its extension is missing", "install a compiler"]
     arguments = {"x": X, **STATE.tensors}
-    check_refused(lambda: isobn(training=True, backend="cpu", **arguments), RuntimeError, words, STATE)
-    arguments["scale"] = None
-    check_refused(lambda: isobn(backend="cpu", **arguments), RuntimeError, words, STATE)
-    assert "cpu" not in backends.available_backends()
+    with backends.replaced(CpuBackend(None, "its extension is missing: install a compiler")):
+        check_refused(lambda: isobn(training=True, backend="cpu", **arguments), RuntimeError, words, STATE)
+        check_refused(lambda: isobn(backend="cpu", **{**arguments, "scale": None}), RuntimeError, words, STATE)
+        assert "cpu" not in backends.available_backends()
+        assert backends.select(Where("auto"), X).name != "cpu"
 
 
-def test_backend_that_cannot_take_the_tensor(monkeypatch):
-    chosen = backends.load("cpu")
-    monkeypatch.setattr(chosen, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(chosen, "unsupported_reason", lambda x: f"x is on {x.device}")
-    arguments = {"x": X, **STATE.tensors}
-    check_refused(
-        lambda: isobn(training=True, backend="cpu", **arguments), RuntimeError, ["'cpu'", "x is on cpu"], STATE
-    )
+def test_backend_that_cannot_take_the_tensor():
+    class Picky(CpuBackend):
+        def unsupported_reason(self, x):
+            return f"x is on {x.device}"
+
+    with backends.replaced(Picky(None)):
+        arguments = {"x": X, "training": True, "backend": "cpu", **STATE.tensors}
+        check_refused(lambda: isobn(**arguments), RuntimeError, ["'cpu'", "x is on cpu"], STATE)
 
 
 @pytest.mark.parametrize(

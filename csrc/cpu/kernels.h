@@ -32,6 +32,25 @@ struct Tile {
   S* scratch;                 // 2 P P
 };
 
+// The tiles (i, j), j >= i, for statistics across ranks. A packed matrix is its upper triangle, row by row.
+template <class S>
+struct RowOfTiles {
+  S* C;  // (D, D)
+  S* packed;
+  int64_t D;
+  int64_t i0;
+  int hi;
+  S keep, gain;               // C <- keep C + gain packed
+  const uint8_t* updated;     // per feature, padded to panels like all that follow; null where every feature is
+  const S* row_inv;           // 1 / sigma / w
+  const S* inv;               // 1 / sigma
+  S* partial;                 // (panels, padded): sums of R_ij^2 over panel j, for each i
+  int64_t padded;
+  S* diagonal;                // C_ii
+  bool stream;                // write the lower half past the caches
+  S* scratch;                 // 2 P P
+};
+
 // Panel j of the gradient for stop_gradient=False.
 template <class S>
 struct GradientPanel {
@@ -70,6 +89,16 @@ struct Kernels {
   // sum_n dout_nj x_nj for one panel.
   void (*dot)(const Strided& dout, const Strided& x, int64_t N, int width, S* g);
   void (*gradient)(const GradientPanel<S>& panel);
+  // Statistics across ranks. A float64 value is the sum of two halves, which have a sum and a mean each; others have
+  // no low half. Sums of columns of a panel; and the panel minus the mean.
+  void (*column_sums)(const Strided& x, int64_t N, int width, double* high, double* low);
+  void (*centre_about)(const Strided& x, int64_t N, int width, const double* high, const double* low, S* y);
+  // (3) on one tile, before the division by N; `gram` is packed.
+  void (*gram)(const Tile<S>& tile, S* gram);
+  // (4)-(6) on a row of tiles: `packed` holds the sums of all ranks and becomes the new C. C is only read.
+  void (*next)(const RowOfTiles<S>& tiles);
+  // C = packed, both halves.
+  void (*store)(const RowOfTiles<S>& tiles);
 };
 
 template <class S>

@@ -23,13 +23,15 @@
 #include "transpose.inl"
 #include "tile.inl"
 #include "gradient.inl"
+#include "across_ranks.inl"
 
 namespace isobn::cpu {
 namespace {
 
 template <class S>
 constexpr Kernels<S> table() {
-  return {&centre<S>, &process_tile<true, S>, &process_tile<false, S>, &apply<S>, &dot<S>, &gradient<S>};
+  return {&centre<S>,      &process_tile<true, S>, &process_tile<false, S>, &apply<S>, &dot<S>, &gradient<S>,
+          &column_sums<S>, &centre_about<S>, &gram_tile<S>, &next_row_of_tiles<S>, &store_row_of_tiles<S>};
 }
 
 }  // namespace

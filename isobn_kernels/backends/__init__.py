@@ -23,7 +23,7 @@ _MODULES = {
     "cuda": "isobn_kernels.backends.cuda",
     "triton": "isobn_kernels.backends.triton.launches",
     "cpu": "isobn_kernels.backends.cpu",
-    "reference": "isobn_kernels.reference",
+    "reference": "isobn_kernels.backends.reference",
 }
 
 NAMES = tuple(_MODULES)
@@ -39,11 +39,9 @@ _registered: dict[str, Backend] = {}
 
 def load(name: str) -> Backend:
     """The backend called ``name``; its module is imported at the first call."""
-    backend = _registered.get(name)
-    if backend is None:
-        backend = importlib.import_module(_MODULES[name]).create()
-        register(backend)
-    return backend
+    if name not in _registered:
+        _registered[name] = importlib.import_module(_MODULES[name]).create()
+    return _registered[name]
 
 
 def register(backend: Backend) -> None:
@@ -87,9 +85,9 @@ def select(where: Where, x: Tensor) -> Backend:
     chosen = _select(where.backend, x)
     if not where.group:
         return chosen
-    from isobn_kernels.backends.across_ranks import AcrossRanks
+    from isobn_kernels.backends.across_ranks import across_ranks
 
-    return AcrossRanks(chosen, where.group)
+    return across_ranks(chosen, where.group)
 
 
 def _select(backend: str, x: Tensor) -> Backend:

@@ -1,14 +1,15 @@
 """Statistics across ranks: a training step on the rows of all ranks of a `torch.distributed` group.
 
-The equations are those of `isobn_kernels.reference`; only its sums over rows go through all-reduces here. Their shapes
-do not depend on N and nothing depends on a value that the host would have to read, so that every rank makes the same
-calls, one without rows too. After them every rank holds the same numbers and does the same with them: the state stays
-bit-identical.
+The sums over rows go through two all-reduces. Their shapes do not depend on N, and the host reads no value: every rank
+makes the same calls, a rank without rows too. After them every rank holds the same sums. C follows from these with one
+defined rounding for each operation. Sigma and the scale have roots, powers and sums, which libraries and processors
+round differently: the first rank broadcasts its own. All ranks thus hold the same bits, whatever backend or processor
+each of them has.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,11 +67,17 @@ def _check_available() -> None:
         raise RuntimeError("process_group needs torch.distributed, which this build of PyTorch lacks")
 
 
-class AcrossRanks(Backend):
-    """A backend on the rows of all ranks of a group: two all-reduces around the equations, the scale by ``backend``."""
+def across_ranks(backend: Backend, group_name: str) -> Backend:
+    """``backend`` on the rows of all ranks of the group: itself where there is one rank."""
+    group = group_named(group_name)
+    return backend if dist.get_world_size(group) == 1 else AcrossRanks(backend, group)
 
-    def __init__(self, backend: Backend, group_name: str) -> None:
-        self.name, self.backend, self.group = backend.name, backend, group_named(group_name)
+
+class AcrossRanks(Backend):
+    """A step on the rows of all ranks of a group: two all-reduces between the parts of the step by ``backend``."""
+
+    def __init__(self, backend: Backend, group: dist.ProcessGroup) -> None:
+        self.name, self.backend, self.group = backend.name, backend, group
 
     def compute_scale(self, state: State, options: Options) -> Tensor:
         return self.backend.compute_scale(state, options)
@@ -83,28 +90,15 @@ class AcrossRanks(Backend):
 
     def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
         """Equations (1)-(10). With fewer than two rows in all, the state is untouched and the stored scale applied."""
-        running_cov, running_std, scale, num_batches_tracked = state
-        n, y = _centre(x, running_cov.dtype, self.group)
-        with reference.exact_float32_matmul(x):
-            products = reference.gram(y)
-        B = _sum_over_ranks(products, self.group) / n  # (3)
-        s = B.diagonal().sqrt()  # (2)
-        varies = n >= 2
-        C, sigma = reference.moving_averages(running_cov, running_std, B, s, options.momentum)
-        C, sigma = torch.where(varies, C, running_cov), torch.where(varies, sigma, running_std)
-        count = None if num_batches_tracked is None else num_batches_tracked + varies
-        saved_scale = self.backend.compute_scale(State(C, sigma, None, count), options)
-        if scale is not None:
-            saved_scale = torch.where(varies, saved_scale, scale)
-        out = reference.apply_scale(x, saved_scale)
+        sums = self._sum(self.backend.column_sums(x))
+        gram = self._sum(self.backend.centred_gram(x, sums, state.running_cov.dtype))
+        after = self.backend.next_state(gram, sums, state, options)
+        dist.broadcast(after.scale_and_std, group=self.group, group_src=0)
+        scale = after.scale_and_std[0]
+        out = self.backend.apply_scale(x, scale)
         # Compute everything first, then write: if anything raises, the state is unchanged.
-        running_cov.copy_(C)
-        running_std.copy_(sigma)
-        if scale is not None:
-            scale.copy_(saved_scale)
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(varies)
-        return out, saved_scale
+        self.backend.write_state(state, after, sums)
+        return out, scale
 
     def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
         """The gradient of the sum of the ranks' losses.
@@ -113,31 +107,15 @@ class AcrossRanks(Backend):
         a backward pass does not have them.
         """
         dtype = state.running_cov.dtype
-        n, y = _centre(x, dtype, self.group)
-        sums = torch.stack([(dout.to(dtype) * x.to(dtype)).sum(0), y.square().sum(0)])
-        g, squares = _sum_over_ranks(sums, self.group)
-        through = reference.through_statistics(g, y, (squares / n).sqrt(), n, state, options)
-        return (dout.to(dtype) * state.stored_scale + torch.where(n >= 2, through, 0.0)).to(x.dtype).contiguous()
+        sums = self._sum(self.backend.column_sums(x))
+        rows = sums[0]
+        y = reference.centre_about(x, sums, dtype)
+        local = torch.stack([(dout.to(dtype) * x.to(dtype)).sum(0), y.square().sum(0)])
+        g, squares = self._sum(local)
+        through = reference.through_statistics(g, y, reference.deviations(squares, rows), rows, state, options)
+        return (dout.to(dtype) * state.stored_scale + torch.where(rows >= 2, through, 0.0)).to(x.dtype).contiguous()
 
-
-def _centre(x: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """(1): rows of all ranks, a () tensor, and this rank's rows of ``y`` in ``dtype``.
-
-    In float64 the sum of a constant feature of lower precision is exact, so that its ``y`` is exactly 0, as in
-    `reference.centre`; there is no row 0 that all ranks know.
-    """
-    parts = [x.double()]
-    if x.dtype is torch.float64:
-        # The same for float64: a number is the sum of two of half the digits.
-        high = (x.view(torch.int64) & (-1 << 27)).view(torch.float64)
-        parts = [high, x - high]
-    rows = torch.full((1,), x.shape[0], dtype=torch.float64, device=x.device)
-    total = _sum_over_ranks(torch.cat([rows, *(part.sum(0) for part in parts)]), group)
-    n, means = total[0], (total[1:] / total[0]).view(len(parts), -1)
-    y = sum(part - mean for part, mean in zip(parts, means, strict=True))
-    return n, cast(Tensor, y).to(dtype)
-
-
-def _sum_over_ranks(fresh: Tensor, group: dist.ProcessGroup) -> Tensor:
-    dist.all_reduce(fresh, group=group)
-    return fresh
+    def _sum(self, fresh: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        dist.all_reduce(fresh, group=self.group)
+        return fresh

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isobn_kernels.backends.native import NativeBackend
+from isobn_kernels.backends.base import NextState
+from isobn_kernels.backends.native import NativeBackend, note_writes
+from isobn_kernels.state import Options, State
 
 
 class CpuBackend(NativeBackend):
@@ -29,6 +31,75 @@ class CpuBackend(NativeBackend):
         if x.dtype == scale.dtype:  # nothing to convert: PyTorch's product is twice as fast (4096x768: 0.7, not 1.3 ms)
             return (x * scale).contiguous()
         return super().apply_scale(x, scale)
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        N, D = x.shape
+        sums = torch.empty(1 + (2 if x.dtype is torch.float64 else 1) * D, dtype=torch.float64)
+        self.extension.column_sums(
+            x.data_ptr(),
+            self.dtypes[x.dtype],
+            *x.stride(),
+            N,
+            D,
+            sums.data_ptr(),
+            *self.processor(x),
+        )
+        return sums
+
+    def centred_gram(self, x: Tensor, sums: Tensor, dtype: torch.dtype) -> Tensor:
+        N, D = x.shape
+        gram = torch.empty(D * (D + 1) // 2, dtype=dtype)
+        workspace = self._workspace(self.extension.TRAIN_FORWARD, N, D, x)
+        self.extension.centred_gram(
+            x.data_ptr(),
+            self.dtypes[x.dtype],
+            *x.stride(),
+            N,
+            D,
+            sums.data_ptr(),
+            gram.data_ptr(),
+            *self.processor(x),
+            workspace.data_ptr(),
+        )
+        return gram
+
+    def next_state(self, gram: Tensor, sums: Tensor, state: State, options: Options) -> NextState:
+        """The covariance is its upper triangle here, in the memory of ``gram``."""
+        running_cov, running_std, scale, num_batches_tracked = state
+        (D,) = running_std.shape
+        scale_and_std = torch.empty((2, D), dtype=running_std.dtype)
+        workspace = self._workspace(self.extension.TRAIN_FORWARD, 0, D, running_std)
+        self.extension.next_state(
+            self.dtypes[running_std.dtype],
+            D,
+            sums.data_ptr(),
+            running_cov.data_ptr(),
+            running_std.data_ptr(),
+            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            gram.data_ptr(),
+            scale_and_std.data_ptr(),
+            *options,
+            *self.processor(gram),
+            workspace.data_ptr(),
+        )
+        return NextState(gram, scale_and_std)
+
+    def write_state(self, state: State, after: NextState, sums: Tensor) -> None:
+        running_cov, running_std, scale, num_batches_tracked = state
+        self.extension.write_state(
+            self.dtypes[running_std.dtype],
+            running_std.shape[0],
+            sums.data_ptr(),
+            after.covariance.data_ptr(),
+            after.scale_and_std.data_ptr(),
+            running_cov.data_ptr(),
+            running_std.data_ptr(),
+            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            *self.processor(sums),
+        )
+        note_writes(state)
 
     def processor(self, x: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)

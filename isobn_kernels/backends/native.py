@@ -16,6 +16,11 @@ from isobn_kernels.backends.base import Backend
 from isobn_kernels.state import Options, State
 
 
+def note_writes(state: State) -> None:
+    """Tell autograd of writes it did not see: it refuses a backward that saved one of these tensors."""
+    torch.autograd.graph.increment_version([t for t in state if t is not None and not t.is_inference()])
+
+
 class NativeBackend(Backend):
     """The four functions by those of ``extension``; where there is none, ``missing`` says why."""
 
@@ -58,9 +63,7 @@ class NativeBackend(Backend):
             *self.processor(x),
             workspace.data_ptr(),
         )
-        # Autograd must know of the writes it did not see, to refuse a backward that saved one of these.
-        written = (running_cov, running_std, scale, num_batches_tracked)
-        torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+        note_writes(state)
         return out, saved_scale
 
     def compute_scale(self, state: State, options: Options) -> Tensor:
