@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isobn_kernels import _operators, backends
-from isobn_kernels._checks import check_tangents
+from isobn_kernels._checks import check_negative_bit, check_tangents
 from isobn_kernels._torch_internals import disable_dynamo, is_plain, library, register_autograd, with_tangents
 from isobn_kernels.state import Options, State, Where
 
@@ -97,7 +97,8 @@ def _differentiate(name: str, function: type[torch.autograd.Function]) -> None:
             return below(x, *rest)  # which refuses it
         state, options, where = _operators.bundled(*rest)
         check_tangents(state)
-        if with_tangents(x=x):
+        check_negative_bit(state)
+        if with_tangents(("x",), (x,)):
             raise NotImplementedError(_NO_FORWARD_MODE)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return below(x, *rest)
