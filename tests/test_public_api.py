@@ -1,5 +1,6 @@
 """Names, signatures and buffers that others rely on, and what an import does not do."""
 
+import importlib.metadata
 import inspect
 
 import pytest
@@ -22,6 +23,11 @@ REQUIRED = inspect.Parameter.empty
 
 def test_public_names():
     assert sorted(isobn_kernels.__all__) == ["IsoBN", "available_backends", "fold_isobn", "isobn"]
+
+
+def test_version():
+    assert isobn_kernels.__version__ == importlib.metadata.version("isobn_kernels")
+    assert type(IsoBN._version) is int
 
 
 def test_signature_of_the_module():
