@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from isobn_kernels import _autograd, _operators, backends
@@ -32,7 +31,7 @@ def isobn(
     num_batches_tracked: Tensor | None = None,
     bias_correction: bool = False,
     stop_gradient: bool = True,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Isotropic batch normalization, in the manner of `torch.nn.functional.batch_norm`.
 
