@@ -6,3 +6,4 @@ from isobn_kernels.functional import isobn
 from isobn_kernels.module import IsoBN
 
 __all__ = ["IsoBN", "available_backends", "fold_isobn", "isobn"]
+__version__ = "0.1.0"

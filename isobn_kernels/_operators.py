@@ -9,7 +9,7 @@ operator is differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -68,20 +68,27 @@ _COPY = "Tensor running_cov, Tensor running_std, Tensor scale, Tensor(a!)? num_b
 _REST = 'float momentum, float eps, float beta, bool bias_correction, str backend, str group=""'
 
 
+# What the dispatcher passes, after the batch.
+Flat: TypeAlias = "Tensor | float | bool | str | None"
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
 def _register(
-    signature: str, check: Callable[..., None], fake: Callable[..., Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    signature: str, check: Callable[_Arguments, None], fake: Callable[_Arguments, _Result]
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
     """Register a function as the operator of that signature, behind ``check`` of the same arguments."""
     name = signature.partition("(")[0]
 
-    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            check(*args)
-            return function(*args)
+    def checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            check(*args, **kwargs)
+            return function(*args, **kwargs)
 
         return call
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         define("isobn_kernels", signature)
         # Where torch.compile falls back to eager it still compiles the functions called inside, and must not.
         _LIBRARY.impl(name, disable_dynamo(checked(function)), "CompositeExplicitAutograd")
@@ -92,59 +99,67 @@ def _register(
     return register
 
 
-def _check_step(x: Tensor, *rest: Any) -> None:
+def _check_step(x: Tensor, *rest: Flat) -> None:
     check_rows(x)
-    check_arguments(x, *bundled(*rest)[:2])
+    state, options, _ = bundled(*rest)
+    check_arguments(x, state, options)
 
 
-def _check_backward(dout: Tensor, x: Tensor, *rest: Any) -> None:
+def _check_backward(dout: Tensor, x: Tensor, *rest: Flat) -> None:
     _check_step(x, *rest)
-    check_gradient(dout, x, bundled(*rest)[0])
+    state, _, _ = bundled(*rest)
+    check_gradient(dout, x, state)
 
 
-def _check_scale(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Any) -> None:
-    check_state(*bundled(cov, std, None, count, *rest)[:2])
+def _check_scale(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Flat) -> None:
+    state, options, _ = bundled(cov, std, None, count, *rest)
+    check_state(state, options)
 
 
-@_register(
-    f"train_forward(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor)",
-    check=_check_step,
-    fake=lambda x, cov, std, *_: (x.new_empty(x.shape), std.new_empty(std.shape)),
-)
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _like_step(x: Tensor, *rest: Flat) -> tuple[Tensor, Tensor]:
+    state, _, _ = bundled(*rest)
+    return x.new_empty(x.shape), state.running_std.new_empty(state.running_std.shape)
+
+
+def _like_step_through_statistics(x: Tensor, *rest: Flat) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out, scale = _like_step(x, *rest)
+    (cov, std, _, _), _, _ = bundled(*rest)
+    return out, cov.new_empty(cov.shape), std.new_empty(std.shape), scale, std.new_empty((), dtype=torch.int64)
+
+
+def _like_gradient(dout: Tensor, x: Tensor, *rest: Flat) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _like_scale(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Flat) -> Tensor:
+    return std.new_empty(std.shape)
+
+
+@_register(f"train_forward(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor)", _check_step, _like_step)
+def _(x: Tensor, *rest: Flat) -> tuple[Tensor, Tensor]:
     return train_forward(x, *bundled(*rest))
 
 
 @_register(
     f"train_forward_through_statistics(Tensor x, {_STATE}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    check=_check_step,
-    fake=lambda x, cov, std, *_: (
-        x.new_empty(x.shape),
-        cov.new_empty(cov.shape),
-        std.new_empty(std.shape),
-        std.new_empty(std.shape),
-        std.new_empty((), dtype=torch.int64),
-    ),
+    _check_step,
+    _like_step_through_statistics,
 )
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, *rest: Flat) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return train_forward_through_statistics(x, *bundled(*rest))
 
 
-@_register(
-    f"train_backward(Tensor dout, Tensor x, {_COPY}, {_REST}) -> Tensor",
-    check=_check_backward,
-    fake=lambda dout, x, *_: x.new_empty(x.shape),
-)
-def _(dout: Tensor, x: Tensor, *rest: Any) -> Tensor:
+@_register(f"train_backward(Tensor dout, Tensor x, {_COPY}, {_REST}) -> Tensor", _check_backward, _like_gradient)
+def _(dout: Tensor, x: Tensor, *rest: Flat) -> Tensor:
     return train_backward(dout, x, *bundled(*rest))
 
 
 @_register(
     f"compute_scale(Tensor running_cov, Tensor running_std, Tensor? num_batches_tracked, {_REST}) -> Tensor",
-    check=_check_scale,
-    fake=lambda cov, std, *_: std.new_empty(std.shape),
+    _check_scale,
+    _like_scale,
 )
-def _(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Any) -> Tensor:
+def _(cov: Tensor, std: Tensor, count: Tensor | None, *rest: Flat) -> Tensor:
     return compute_scale(*bundled(cov, std, None, count, *rest))
 
 
@@ -153,12 +168,15 @@ _LIBRARY.impl("copy", torch.clone, "CompositeExplicitAutograd")
 torch.library.register_fake("isobn_kernels::copy", torch.empty_like, lib=_LIBRARY)
 
 
-def bundled(*flat: Any) -> tuple[State, Options, Where]:
-    """The arguments of an operator after its batch, by name."""
-    return State(*flat[:4]), Options(*flat[4:8]), Where(*flat[8:])
+def bundled(*flat: Flat) -> tuple[State, Options, Where]:
+    """The arguments of an operator after its batch, by name. The dispatcher has checked their types."""
+    state = cast("tuple[Tensor, Tensor, Tensor | None, Tensor | None]", flat[:4])
+    options = cast("tuple[float, float, float, bool]", flat[4:8])
+    where = cast("tuple[str, str]", flat[8:])
+    return State(*state), Options(*options), Where(*where)
 
 
-def refuse_vmap(*_: Any) -> NoReturn:
+def refuse_vmap(*_: object) -> NoReturn:
     raise RuntimeError(
         "torch.vmap over a training step of IsoBN is not supported: the step updates statistics in place. "
         "Put the layer into evaluation mode (layer.eval(), or training=False), or write a loop in place of torch.vmap"

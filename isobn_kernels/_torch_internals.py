@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -37,14 +37,15 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def with_tangents(**tensors: Tensor | None) -> list[str]:
+def with_tangents(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Sequence[str]:
     """The names of those that carry a derivative of forward-mode differentiation. Inside an operator none seems to."""
     if forward_ad._current_level < 0:
-        return []
-    return [name for name, x in tensors.items() if x is not None and forward_ad.unpack_dual(x).tangent is not None]
+        return ()
+    named = zip(names, tensors, strict=True)
+    return [name for name, x in named if x is not None and forward_ad.unpack_dual(x).tangent is not None]
 
 
-def is_plain(*tensors: Tensor) -> bool:
+def is_plain(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called on the tensors without going through the dispatcher, which costs microseconds.
 
     It may not where something else has to see the call (a compiler, tracer, mode or transform), or where the values
@@ -59,11 +60,10 @@ def is_plain(*tensors: Tensor) -> bool:
     ):
         return False
     for x in tensors:
-        if (
+        if x is not None and (
             type(x) is not Tensor
-            or x.layout is not torch.strided
+            or not torch._C._has_storage(x)  # sparse, opaque, or a wrapper of a transform that has ended
             or x.is_meta
-            or not torch._C._has_storage(x)
             or x.is_neg()
             or x._is_zerotensor()
         ):

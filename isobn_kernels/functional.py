@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from isobn_kernels import _autograd, _operators, backends
-from isobn_kernels._checks import check_arguments, check_tangents
+from isobn_kernels._checks import check_arguments, check_negative_bit, check_tangents
 from isobn_kernels._torch_internals import is_plain, is_transformed
 from isobn_kernels.backends import across_ranks
 from isobn_kernels.state import Options, State, Where
@@ -32,7 +31,7 @@ def isobn(
     num_batches_tracked: Tensor | None = None,
     bias_correction: bool = False,
     stop_gradient: bool = True,
-    process_group: Any = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Isotropic batch normalization, in the manner of `torch.nn.functional.batch_norm`.
 
@@ -91,27 +90,33 @@ def isobn(
     if process_group is not None:
         across_ranks.check_group(process_group)
     if not training:
-        return _evaluate(x, state, options, Where(backend))
+        return _evaluate(x, state, options, backend)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = _train(rows, state, options, Where(backend, across_ranks.name_of(process_group)), stop_gradient)
     return out if x.dim() == 2 else out.view(x.shape)
 
 
-def _evaluate(x: Tensor, state: State, options: Options, where: Where) -> Tensor:
+def _evaluate(x: Tensor, state: State, options: Options, backend: str) -> Tensor:
     scale = state.scale
     if scale is None:
-        scale = compute_scale(state, options, where)
+        scale = compute_scale(state, options, Where(backend))
     elif torch.is_grad_enabled() and x.requires_grad:
         # The backward needs it, and a later training step overwrites the buffer. AOTAutograd drops a clone and reads
         # the buffer again; it cannot look into an operator. An exported program keeps the clone.
         compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         scale = torch.ops.isobn_kernels.copy(scale) if compiled else scale.clone()
-    return (x * scale).to(x.dtype)
+    return _product(x, scale)
+
+
+def _product(x: Tensor, scale: Tensor) -> Tensor:
+    """(10), differentiable by whatever is active."""
+    out = x * scale
+    return out if out.dtype is x.dtype else out.to(x.dtype)
 
 
 def compute_scale(state: State, options: Options, where: Where) -> Tensor:
     """The scale (D,) that the statistics call for; the arguments are checked."""
-    if is_plain(state.running_cov, state.running_std):
+    if is_plain(*state):
         return _operators.compute_scale(state, options, where)
     scale: Tensor = torch.ops.isobn_kernels.compute_scale(
         state.running_cov, state.running_std, state.num_batches_tracked, *options, *where
@@ -120,18 +125,8 @@ def compute_scale(state: State, options: Options, where: Where) -> Tensor:
 
 
 def _train(x: Tensor, state: State, options: Options, where: Where, stop_gradient: bool) -> Tensor:
-    operators = torch.ops.isobn_kernels
-    if is_transformed():
-        if stop_gradient:
-            scale = operators.train_forward(x.detach(), *state, *options, *where)[1]
-            return (x * scale).to(x.dtype).contiguous()
-        _autograd.refuse_transforms_without_a_rule(x)
-        step = _operators.train_forward_through_statistics
-        return _autograd.TransformedThroughStatistics.apply(x, step, state, options, where)[0]
-    if not is_plain(x, state.running_cov):
-        # Whether x requires grad does not matter: whoever captures this call may differentiate it later.
-        operator = operators.train_forward if stop_gradient else operators.train_forward_through_statistics
-        return operator(x, *state, *options, *where)[0]
+    if not is_plain(x, *state):
+        return _train_seen(x, state, options, where, stop_gradient)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _operators.train_forward(x, state, options, where)[0]
     if not stop_gradient:
@@ -139,5 +134,21 @@ def _train(x: Tensor, state: State, options: Options, where: Where, stop_gradien
         return _autograd.TrainThroughStatistics.apply(x, step, state, options, where)[0]
     if x.device.type == "cpu" and x.numel() <= _SMALL:
         scale = _operators.train_forward(x.detach(), state, options, where)[1]
-        return (x * scale).to(x.dtype).contiguous()
+        return _product(x, scale).contiguous()
     return _autograd.Train.apply(x, _operators.train_forward, state, options, where)[0]
+
+
+def _train_seen(x: Tensor, state: State, options: Options, where: Where, stop_gradient: bool) -> Tensor:
+    """A training step that a compiler, tracer, mode or transform has to see, or on tensors other than plain memory."""
+    check_negative_bit(state)
+    operators = torch.ops.isobn_kernels
+    if not is_transformed():
+        # Whether x requires grad does not matter: whoever captures this call may differentiate it later.
+        operator = operators.train_forward if stop_gradient else operators.train_forward_through_statistics
+        return operator(x, *state, *options, *where)[0]
+    if stop_gradient:
+        scale = operators.train_forward(x.detach(), *state, *options, *where)[1]
+        return _product(x, scale).contiguous()
+    _autograd.refuse_transforms_without_a_rule(x)
+    step = _operators.train_forward_through_statistics
+    return _autograd.TransformedThroughStatistics.apply(x, step, state, options, where)[0]

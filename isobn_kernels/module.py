@@ -79,6 +79,9 @@ class IsoBN(nn.Module):
     Source: Zhou, Lin and Ren, AAAI 2021, https://arxiv.org/abs/2005.02178; equations in `isobn_kernels.reference`.
     """
 
+    # Of the state_dict. A checkpoint holds the version that saved it; version 1 has the four buffers.
+    _version: int = 1
+
     running_cov: Tensor
     running_std: Tensor
     scale: Tensor
@@ -225,17 +228,19 @@ class IsoBN(nn.Module):
                 return x.tracer.create_proxy("call_module", path, (x,), {})
             function = _record_isobn
         self._ensure_float32()
+        # `self.running_cov` is a call of `nn.Module.__getattr__`. For four buffers: 2 of the 11 us around a kernel.
+        buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
         return function(
             x,
-            self.running_cov,
-            self.running_std,
+            buffers["running_cov"],
+            buffers["running_std"],
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
             beta=self.beta,
             backend=self.backend,
-            scale=self.scale,
-            num_batches_tracked=self.num_batches_tracked,
+            scale=buffers["scale"],
+            num_batches_tracked=buffers["num_batches_tracked"],
             bias_correction=self.bias_correction,
             stop_gradient=self.stop_gradient,
             process_group=self.process_group,
@@ -243,7 +248,9 @@ class IsoBN(nn.Module):
 
     def _ensure_float32(self) -> None:
         """Make the statistics float32 again where FSDP or a checkpoint has made them half precision."""
-        if self.running_cov.dtype in _HALF or self.running_std.dtype in _HALF or self.scale.dtype in _HALF:
+        buffers: dict[str, Tensor] = self._buffers  # type: ignore[assignment]
+        cov, std, scale = buffers["running_cov"], buffers["running_std"], buffers["scale"]
+        if cov.dtype in _HALF or std.dtype in _HALF or scale.dtype in _HALF:
             self._make_float32()
 
     @disable_dynamo
@@ -311,6 +318,30 @@ class IsoBN(nn.Module):
             self.reset_running_stats()
         return self
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        layer = f"IsoBN {prefix[:-1]!r}" if prefix else "IsoBN"
+        std = state_dict.get(prefix + "running_std")
+        if isinstance(std, Tensor) and std.dim() == 1 and len(std) != self.num_features:
+            error_msgs.append(
+                f"{layer}: the checkpoint is of num_features={len(std)}, this layer of num_features={self.num_features}"
+            )
+        # A warning: `strict` is always True here, and an error would stop those who load the rest with strict=False.
+        remedy = _remedy([name for name in _INITIAL if prefix + name not in state_dict], prefix, state_dict)
+        if remedy:
+            warnings.warn(f"{layer}: {remedy}", stacklevel=2)
+
     @property
     def _is_hf_initialized(self) -> bool:
         """The mark of `transformers` on a module whose weights it has initialised, where a checkpoint lacks them.
@@ -329,6 +360,28 @@ class IsoBN(nn.Module):
                 if not getattr(buffer, "_is_hf_initialized", False):  # the mark of a tensor from the checkpoint
                     buffer.fill_(initial)
         self.__dict__["_is_hf_initialized"] = value
+
+
+def _remedy(missing: list[str], prefix: str, state_dict: dict[str, Any]) -> str | None:
+    """What to do about a checkpoint that lacks those of the buffers; None where there are all, or none."""
+    if prefix + "cov" in state_dict and prefix + "std" in state_dict:
+        return (
+            'the checkpoint holds "cov" and "std", the statistics of the published code: take the two out of it, '
+            "load the rest with strict=False and call load_published_statistics(cov, std)"
+        )
+    if missing == ["scale"]:
+        return "the checkpoint lacks the scale: load it with strict=False and call refresh_scale()"
+    if missing == ["num_batches_tracked"]:
+        return (
+            "the checkpoint lacks the number of updates, which only bias_correction=True needs: add it, "
+            f'state_dict["{prefix}num_batches_tracked"] = torch.tensor(0)'
+        )
+    if missing and len(missing) < len(_INITIAL):
+        return (
+            f"the checkpoint lacks {', '.join(missing)}, which cannot be computed from the rest: find one that is "
+            "whole, or load it with strict=False, call reset_running_stats() and train"
+        )
+    return None
 
 
 def _record_isobn(*args: Any, **kwargs: Any) -> Any:

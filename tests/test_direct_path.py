@@ -145,6 +145,61 @@ def test_neg_view(case, step):
     assert_same_state(state, after)
 
 
+@BOTH_MODES
+@pytest.mark.parametrize("name", ["running_cov", "running_std", "scale"])
+def test_statistic_with_the_negative_bit(case, name, stop_gradient):
+    """Its values are not what lies at its address: no step writes there; where it is only read, the values count."""
+    x, plain = batch(17, 7, device=case.device), warm(7, device=case.device)
+    state = plain.clone()
+    setattr(state, name, torch._neg_view(-getattr(plain, name)))
+    operator = torch.ops.isobn_kernels.train_forward
+    for step in (
+        lambda: train(x, state, case, stop_gradient=stop_gradient),
+        lambda: operator(x, *state.tensors.values(), 0.05, 1e-3, 0.5, False, case.backend),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must not have the negative bit.*resolve_neg"):
+            step()
+        assert_same_state(State(*(t.resolve_neg() for t in state.tensors.values())), plain)
+    for scale in ("scale", "computed"):
+        found = []
+        for s in (plain, state):
+            stored = s.scale if scale == "scale" else None
+            found.append(isobn(x, s.running_cov, s.running_std, scale=stored, backend=case.backend))
+        assert same_bits(*found)
+
+
+def test_statistics_of_one_feature_with_the_negative_bit(case):
+    """The imaginary part of a conjugate, whose stride of 2 does not count where there is one element."""
+    x, plain = batch(17, 1, device=case.device), warm(1, device=case.device)
+    conjugate = [torch.complex(torch.zeros_like(t), -t).conj() for t in (plain.running_cov, plain.running_std)]
+    cov, std = (c.imag for c in conjugate)
+    assert cov.is_neg()
+    assert cov.is_contiguous()
+    with pytest.raises(ValueError, match="running_cov must not have the negative bit"):
+        isobn(x, cov, std, training=True, backend=case.backend)
+    expected = isobn(x, plain.running_cov, plain.running_std, backend=case.backend)
+    assert same_bits(isobn(x, cov, std, backend=case.backend), expected)
+
+
+@pytest.mark.parametrize("name", ["running_cov", "running_std", "scale", "num_batches_tracked"])
+def test_statistic_that_is_a_zero_tensor(case, name):
+    """Zeros without memory, contiguous for one element. They cannot be written to; where only read, they are zeros."""
+    x, state = batch(17, 1, device=case.device), warm(1, device=case.device)
+    kept = getattr(state, name)
+    zeros = torch._efficientzerotensor(kept.shape, dtype=kept.dtype, device=kept.device)
+    setattr(state, name, zeros)
+    before = {key: t.clone() for key, t in state.tensors.items() if key != name}
+    with pytest.raises(RuntimeError, match="ZeroTensor"):
+        train(x, state, case)
+    assert all(same_bits(getattr(state, key), t) for key, t in before.items())
+    found = []
+    for zero in (zeros, torch.zeros_like(kept)):
+        setattr(state, name, zero)
+        statistics = {key: t for key, t in state.tensors.items() if key != "scale"}
+        found.append(isobn(x, **statistics, bias_correction=True, backend=case.backend))
+    assert same_bits(*found)
+
+
 def test_neg_view_in_the_backward(case):
     state = warm(7, device=case.device)
     for stop_gradient in (True, False):

@@ -124,6 +124,27 @@ def test_constructor_refuses_num_features(num_features, exception, words):
     check_refused(lambda: IsoBN(num_features), exception, words, STATE)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "exception", "words"),
+    [
+        ("running_cov", torch.eye(7, dtype=F64), TypeError, "must be torch.float32 for running_std in torch.float32"),
+        ("running_std", torch.ones(7, dtype=F64), TypeError, "must be torch.float64 for running_std in torch.float64"),
+        ("running_cov", torch.eye(7, device="meta"), ValueError, "must be on the device of running_std, cpu, got meta"),
+        ("scale", torch.ones(8), ValueError, "must have shape (7,), got (8,)"),
+    ],
+)
+def test_refresh_scale_refuses(name, tensor, exception, words):
+    """There is no batch: the words are about the statistics."""
+    layer = IsoBN(7)
+    layer.load_state_dict(STATE.tensors)
+    layer._buffers[name] = tensor
+    with pytest.raises(exception) as caught:
+        layer.refresh_scale()
+    assert words in str(caught.value)
+    assert " x" not in str(caught.value)
+    assert "module.double()" not in str(caught.value)
+
+
 def test_convert_sync_isobn_refuses():
     model = torch.nn.Sequential(IsoBN(7))
     with pytest.raises(RuntimeError, match="init_process_group first"):

@@ -355,13 +355,69 @@ def test_loading_says_what_is_missing_or_does_not_fit(case, name):
     layer, state = used(case), used(case).state_dict()
     before = copy.deepcopy(layer)
     del state[name]
-    with pytest.raises(RuntimeError, match=f"Missing key.*{name}"):
+    with pytest.raises(RuntimeError, match=f"Missing key.*{name}"), pytest.warns(UserWarning, match="checkpoint lacks"):
         layer.load_state_dict(state)
     with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
         layer.load_state_dict({**layer.state_dict(), name: torch.zeros(3, 5)})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight"):
         layer.load_state_dict({**layer.state_dict(), "weight": torch.zeros(D)})
     assert_same_layer(layer, before)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (["scale"], r"lacks the scale.*refresh_scale\(\)"),
+        (["num_batches_tracked"], r'lacks the number of updates.*state_dict\["1.num_batches_tracked"\]'),
+        (["running_cov", "scale"], r"lacks running_cov, scale.*reset_running_stats\(\)"),
+    ],
+)
+def test_loading_a_part_says_what_to_do(missing, words):
+    net = nn.Sequential(nn.Linear(D, D), IsoBN(D))
+    state = {name: tensor for name, tensor in net.state_dict().items() if name.removeprefix("1.") not in missing}
+    with (
+        pytest.raises(RuntimeError, match="Missing key"),
+        pytest.warns(UserWarning, match=f"IsoBN '1': the checkpoint {words}"),
+    ):
+        net.load_state_dict(state)
+    with pytest.warns(UserWarning, match=f"IsoBN '1': the checkpoint {words}"):
+        loaded = net.load_state_dict(state, strict=False)
+    assert loaded.missing_keys == [f"1.{name}" for name in missing]
+
+
+@pytest.mark.filterwarnings("error")
+def test_loading_a_model_without_isobn_or_a_whole_one_is_quiet():
+    net, encoder = nn.Sequential(nn.Linear(D, D), IsoBN(D)), nn.Sequential(nn.Linear(D, D))
+    assert net.load_state_dict(encoder.state_dict(), strict=False).missing_keys == [f"1.{name}" for name in BUFFERS]
+    net.load_state_dict(net.state_dict())
+
+
+def test_loading_without_the_scale(case):
+    """What the words tell one to do works."""
+    expected, layer = used(case), new(case)
+    expected.refresh_scale()
+    state = expected.state_dict()
+    del state["scale"]
+    with pytest.warns(UserWarning, match="refresh_scale"):
+        layer.load_state_dict(state, strict=False)
+    layer.refresh_scale()
+    assert same_bits(layer.scale, expected.scale)
+
+
+def test_loading_the_published_code():
+    layer, state = IsoBN(D), {"cov": torch.eye(D), "std": torch.ones(D)}
+    with (
+        pytest.raises(RuntimeError, match=r"Unexpected key.*cov.*std"),
+        pytest.warns(UserWarning, match=r'holds "cov" and "std".*load_published_statistics\(cov, std\)'),
+    ):
+        layer.load_state_dict(state)
+    layer.load_published_statistics(state.pop("cov"), state.pop("std"))
+    assert (layer.scale != 1).all()
+
+
+def test_loading_another_width():
+    with pytest.raises(RuntimeError, match=r"IsoBN: the checkpoint is of num_features=9, this layer of num_features=7"):
+        IsoBN(7).load_state_dict(IsoBN(9).state_dict())
 
 
 # ---- Moves ----

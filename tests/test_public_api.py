@@ -1,6 +1,9 @@
 """Names, signatures and buffers that others rely on, and what an import does not do."""
 
+import importlib.metadata
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,11 @@ REQUIRED = inspect.Parameter.empty
 
 def test_public_names():
     assert sorted(isobn_kernels.__all__) == ["IsoBN", "available_backends", "fold_isobn", "isobn"]
+
+
+def test_version():
+    assert isobn_kernels.__version__ == importlib.metadata.version("isobn_kernels")
+    assert type(IsoBN._version) is int
 
 
 def test_signature_of_the_module():
@@ -131,3 +139,14 @@ def test_every_public_name_is_documented():
     methods = (IsoBN.refresh_scale, IsoBN.reset_running_stats, IsoBN.convert_sync_isobn)
     for function in (IsoBN, isobn, available_backends, *methods):
         assert inspect.getdoc(function)
+
+
+def test_private_names_of_pytorch_are_in_one_file():
+    """They may change in any release; each has its reason there."""
+    package = Path(isobn_kernels.__file__).parent
+    private = re.compile(r"\b(torch|dist|forward_ad|fx)(\.\w+)*\._[a-zA-Z]|from torch\S* import .*\b_[a-z]")
+    found = {
+        str(path.relative_to(package)) for path in package.rglob("*.py") if private.search(path.read_text("utf-8"))
+    }
+    assert found <= {"_torch_internals.py", "backends/cuda.py"}  # the latter: the stream of a GPU, in one place too
+    assert "_torch_internals.py" in found
