@@ -21,13 +21,15 @@ LIMITS_default = ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE
 # The Triton kernels in Triton's interpreter, on a process per core like the rest. What they compile to for five GPUs is
 # among the other tests: the interpreter compiles nothing.
 PYTEST = $(LIMITS_$(CAPABILITY)) $(BIN)/python -m pytest --numprocesses auto --durations 10
-TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton or traffic" $(addprefix tests/test_, \
-	$(addsuffix .py, conformance direct_path edge_cases generic_module gradients layouts module op properties traffic \
-	triton))
-# The CUDA kernels on an emulator, which is built of tests/emulation once.
-TEST_CUDA = ISOBN_TEST_CUDA=emulated $(PYTEST) -k cuda $(addprefix tests/test_, \
-	$(addsuffix .py, across_ranks conformance cuda determinism direct_path edge_cases errors generic_module gradients layouts module \
-	op properties))
+TEST_TRITON = TRITON_INTERPRET=1 $(PYTEST) -W ignore::RuntimeWarning -k "triton or traffic" \
+	$(patsubst %,tests/operation/test_%.py,conformance edge_cases gradients layouts properties) \
+	$(patsubst %,tests/pytorch/test_%.py,direct_path generic_module module op) \
+	$(patsubst %,tests/kernels/test_%.py,traffic triton)
+# The CUDA kernels on an emulator, which is built of tests/support/emulation once.
+TEST_CUDA = ISOBN_TEST_CUDA=emulated $(PYTEST) -k cuda \
+	$(patsubst %,tests/operation/test_%.py,conformance determinism edge_cases errors gradients layouts properties) \
+	$(patsubst %,tests/pytorch/test_%.py,direct_path generic_module module op) \
+	tests/distributed/test_across_ranks.py tests/kernels/test_cuda.py
 
 .PHONY: demo test test-all lint bench clean
 .DELETE_ON_ERROR:

@@ -4,8 +4,9 @@
 
 Each case is drawn from its seed and number alone. It draws a batch (dtype, shape, memory layout, magnitude, mean,
 constant, repeated, overflowing, NaN and Inf features), a state, the options, the way to call, and runs it on each
-backend. How far a result may be from the oracle is the rule of tests/tolerance.py. A failure prints one line with the
-command that repeats the case. At the end the calls of each kind are counted. The exit status is 1 if any failed.
+backend. How far a result may be from the oracle is the rule of tests/support/tolerance.py. A failure prints one line
+with the command that repeats the case. At the end the calls of each kind are counted. The exit status is 1 if any
+failed.
 
 ``TRITON_INTERPRET=1`` adds the Triton kernels, ``ISOBN_TEST_CUDA=emulated`` the CUDA kernels, on the CPU.
 """
@@ -28,7 +29,7 @@ import torch
 
 from isobn_kernels import IsoBN, available_backends, backends, isobn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 
 import oracle
 from helpers import State, fresh, round_to_bfloat16_when_interpreting, same_bits, state_dtype, to_numpy

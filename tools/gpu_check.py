@@ -50,7 +50,7 @@ for N, D, backend in [(2, 65, "triton"), (17, 65, "triton"), (130, 600, "triton"
     layer.refresh_scale()
 torch.cuda.synchronize()
 """
-SUITE = [f"tests/test_{name}.py" for name in ("conformance", "edge_cases", "gradients", "layouts")]
+SUITE = [f"tests/operation/test_{name}.py" for name in ("conformance", "edge_cases", "gradients", "layouts")]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SHAPES = ("32x768", "256x768", "4096x1024", "64x4096")
 
@@ -63,7 +63,7 @@ def stages(out: Path) -> dict[str, tuple[int, list[str]]]:
     found = {
         "build": (70, [*python, "setup.py", "build_ext", "--inplace"]),
         "backends": (30, [*python, "-c", BACKENDS]),
-        "gpu-tests": (110, [*pytest, "-m", "gpu", "tests/test_gpu.py"]),
+        "gpu-tests": (110, [*pytest, "-m", "gpu", "tests/kernels/test_gpu.py"]),
         "cuda-suite": (40, [*pytest, *SUITE, "-k", "cuda-gpu"]),
         # Without 16-bit types: each width, dtype and stride is compiled, for some seconds.
         "triton-suite": (80, [*pytest, *SUITE, "-k", "triton-gpu and not float16 and not bfloat16"]),

@@ -264,6 +264,14 @@ def test_embeddings_that_are_all_equal(encoder: Path, tmp_path: Path, capsys: py
     assert "all 2 dev texts have the same embedding" in capsys.readouterr().err
 
 
+def test_embeddings_that_rounding_moved_apart_are_equal() -> None:
+    x = torch.randn(1, 8).expand(6, 8)
+    assert _training._are_equal(x)
+    assert _training._are_equal(x * (1 + 1e-6 * torch.rand(6, 8)))
+    assert _training._are_equal(torch.zeros(2, 8))
+    assert not _training._are_equal(x * (1 + 1e-3 * torch.rand(6, 8)))
+
+
 def test_words_that_mean_nothing_is_there(tmp_path: Path) -> None:
     rows = [
         {"sentence": word, "label": label}
@@ -635,7 +643,7 @@ def test_a_tokenizer_that_needs_more_packages(
 
 def test_fuzz_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short version; the long one is ``python -m tools.fuzz_finetune``."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     from tools import fuzz_finetune
 
     failures, counts = fuzz_finetune.run(40, 7, tmp_path)

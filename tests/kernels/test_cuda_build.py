@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TARGETS = [80, 86, 89, 90, 100, 120]  # CUDA_ARCHS in setup.py
 # The most registers of a thread, on any target. 128 are what 512 threads of a step, the most there are, leave to each.
 LIMITS = {"step": 128, "apply": 32, "backward_rows": 64, "backward_features": 64, "gradient": 64, "probe_kernel": 16}

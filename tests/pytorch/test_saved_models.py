@@ -1,9 +1,9 @@
 """Models that an earlier version saved load, and give the same outputs.
 
-The files in tests/saved_models were written by `make` at commit 6b881cf, the first version whose models must load::
+`make` wrote the files in tests/pytorch/saved_models at commit 6b881cf, the first version whose models must load::
 
     git worktree add /tmp/isobn-6b881cf 6b881cf && cd /tmp/isobn-6b881cf
-    python .../tests/test_saved_models.py .../tests/saved_models
+    python .../tests/pytorch/test_saved_models.py .../tests/pytorch/saved_models
 """
 
 import sys

@@ -17,7 +17,7 @@ from helpers import to_numpy
 
 from isobn_kernels import available_backends, backends, functional, isobn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 PACKAGE = Path(backends.__file__).parents[2]
 CPU_BACKENDS = [name for name in available_backends() if name in ("cpu", "reference")]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
 TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 # The most that a launch of each kernel may take on any target: registers of a thread, bytes of shared memory a block.

@@ -1,6 +1,6 @@
 """What each rank of `test_distributed.py` runs: one check after the other, under torchrun.
 
-    torchrun --standalone --nproc-per-node K tests/distributed_worker.py FOLDER all|die|nccl
+    torchrun --standalone --nproc-per-node K tests/distributed/distributed_worker.py FOLDER all|die|nccl
 
 Each rank draws the whole batch from a seed and takes its rows of it, so that it can compare what the ranks did together
 with the oracle, or with one process, on the concatenated batch. Reports go to FOLDER, a file for each rank.

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: builds csrc/cuda with tests/emulation in place of CUDA, and puts it into the backend.
+"""The CUDA kernels on the host: csrc/cuda built with tests/support/emulation in place of CUDA, inside the backend.
 
 ``ISOBN_TEST_CUDA=emulated`` makes it a case of `cases.CASES`. The build (some 10 s) is kept, by the content of its
 sources, in ``build/`` under the repository.
@@ -20,15 +20,15 @@ from isobn_kernels.backends.cuda import CudaBackend
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-march=native"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 NAMES = {"NVCC": "none", "TARGETS": "emulation", "BUILT": "for tests", "COMMIT": "unknown"}
-SOURCES = ["csrc/cuda/cuda.cu", "csrc/cuda/bindings.cpp", "tests/emulation/emulation.cpp"]
+SOURCES = ["csrc/cuda/cuda.cu", "csrc/cuda/bindings.cpp", "tests/support/emulation/emulation.cpp"]
 BUILT_FROM = [
     *(
         path.relative_to(ROOT)
-        for folder in ("csrc", "tests/emulation")
+        for folder in ("csrc", "tests/support/emulation")
         for path in sorted((ROOT / folder).rglob("*.*"))
     ),
-    "tests/building.py",
-    "tests/emulated_cuda.py",
+    "tests/support/building.py",
+    "tests/support/emulated_cuda.py",
 ]
 SELECTED = os.environ.get("ISOBN_TEST_CUDA") == "emulated"
 
@@ -42,7 +42,7 @@ def missing():
 def build(sanitize=False, sources=ROOT, folder=None):
     """The path of the extension, built from a copy of the repository unless that was done before."""
     flags = FLAGS + [f'-DISOBN_{key}="{value}"' for key, value in NAMES.items()]
-    flags += [f"-I{sources / 'tests/emulation'}", *(building.SANITIZE if sanitize else [])]
+    flags += [f"-I{sources / 'tests/support/emulation'}", *(building.SANITIZE if sanitize else [])]
     return building.build("_cuda", dict.fromkeys(SOURCES, ()), flags, BUILT_FROM, sources, folder)
 
 

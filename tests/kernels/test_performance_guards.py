@@ -12,7 +12,7 @@ import torch
 
 from isobn_kernels import IsoBN, available_backends
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import clocks, host
 
 N, D = 8, 512

@@ -10,7 +10,7 @@ import torch
 from isobn_kernels.backends import load
 from isobn_kernels.backends.triton import config as triton
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools import gpu_check, tune
 
 FIRST, SECOND, THIRD = (triton.Config(block, 16, 4, "ieee") for block in (32, 64, 128))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 if emulated_cuda.SELECTED and emulated_cuda.missing():
     pytestmark = pytest.mark.skip(reason=emulated_cuda.missing())
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CUDA = Case("cuda-emulated", "cuda", large=True)
 # Rows of each kind: (N, D, dtype). One block and many, full and not; accesses of one value and of four.
 SHAPES = [
@@ -277,7 +277,7 @@ def test_addresses_and_arithmetic_are_sound(tmp_path):
     np.savez(tmp_path / "cases.npz", **given)
     done = subprocess.run(
         [
-            *(sys.executable, str(ROOT / "tests/sanitized.py"), str(emulated_cuda.build(sanitize=True))),
+            *(sys.executable, str(ROOT / "tests/support/sanitized.py"), str(emulated_cuda.build(sanitize=True))),
             *(str(tmp_path / "cases.npz"), str(tmp_path / "results.npz")),
         ],
         env={**os.environ, **sanitizer},
@@ -322,10 +322,10 @@ BARRIERS = {
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_seen(tmp_path, name):
     sources = tmp_path / "sources"
-    for folder in ("csrc", "tests/emulation"):
+    for folder in ("csrc", "tests/support/emulation"):
         shutil.copytree(ROOT / folder, sources / folder)
     for file in ("building.py", "emulated_cuda.py"):
-        shutil.copy(ROOT / "tests" / file, sources / "tests")
+        shutil.copy(ROOT / "tests/support" / file, sources / "tests/support")
     kernels = sources / "csrc/cuda/step.cuh"
     text, (barrier, instead) = kernels.read_text(), BARRIERS[name]
     assert text.count(barrier) == 1

@@ -8,7 +8,7 @@ import torch
 
 from isobn_kernels import reference
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools import fuzz_ops
 
