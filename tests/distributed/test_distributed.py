@@ -10,14 +10,14 @@ from pathlib import Path
 import distributed_worker
 import pytest
 import torch
+from filelock import FileLock
 from helpers import batch, fresh
 
 from isobn_kernels import IsoBN
 
 WORKER = Path(distributed_worker.__file__)
-
-
 HANGS = 3600  # seconds after which ranks that wait for each other are ended: many times what a busy machine takes
+CHECKS = [(ranks, name) for name, (worlds, _) in distributed_worker.CHECKS.items() for ranks in worlds]
 
 
 def torchrun(ranks, folder, what):
@@ -37,44 +37,47 @@ def torchrun(ranks, folder, what):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"{ranks} ranks still ran {what!r} after {HANGS} s; done: {reports(folder)}\n{output[-5000:]}")
+        output += f"\n{ranks} ranks still ran {what!r} after {HANGS} s"
     return process.returncode, output
 
 
-def reports(folder):
-    """{file of a rank: {check: its traceback or None}}."""
-    return {
-        file.stem: dict(json.loads(line) for line in file.read_text().splitlines())
-        for file in sorted(folder.glob("rank*.jsonl"))
-    }
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """The folder of the one run of all checks on so many ranks, which the processes of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def folder_of(ranks):
+        folder = base / f"{ranks}-ranks"
+        with FileLock(base / f"{ranks}-ranks.lock"):
+            if not (folder / "run.json").exists():
+                (folder / "run.json").write_text(json.dumps(torchrun(ranks, folder, "all")))
+        return folder
+
+    return folder_of
 
 
-def failures(folder, ranks, expected):
-    """What went wrong, in words, each with the name of its check."""
-    found = reports(folder)
-    trouble = [f"{name} on {rank}:\n{text}" for rank, done in found.items() for name, text in done.items() if text]
-    for r in range(ranks):
-        missing = expected - set(found.get(f"rank{r}", {}))
-        if missing:
-            trouble.append(f"rank{r} did not get to: {', '.join(sorted(missing))}")
-    return "\n\n".join(trouble)
+@pytest.mark.parametrize(("ranks", "check"), CHECKS)
+def test_check(ranks, check, run_of):
+    for rank in range(ranks):
+        report = run_of(ranks) / f"rank{rank}.jsonl"
+        done = dict(map(json.loads, report.read_text().splitlines())) if report.exists() else {}
+        output = json.loads((run_of(ranks) / "run.json").read_text())[1]
+        assert check in done, f"rank {rank} did not get to it\n{output[-5000:]}"
+        assert done[check] is None, f"rank {rank}:\n{done[check]}"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_checks_of_the_worker(ranks, tmp_path):
-    status, output = torchrun(ranks, tmp_path / "out", "all")
-    expected = {name for name, (worlds, _) in distributed_worker.CHECKS.items() if ranks in worlds}
-    trouble = failures(tmp_path / "out", ranks, expected)
-    assert not trouble, trouble
+@pytest.mark.parametrize("ranks", sorted({ranks for ranks, _ in CHECKS}))
+def test_all_ranks_end(ranks, run_of):
+    status, output = json.loads((run_of(ranks) / "run.json").read_text())
     assert status == 0, output
-    if ranks == 2:
-        a_checkpoint_of_two_ranks_continues_on_one(tmp_path / "out" / "two_ranks.pt")
 
 
-def a_checkpoint_of_two_ranks_continues_on_one(file):
+def test_checkpoint_of_two_ranks_continues_on_one(run_of):
     D = distributed_worker.D
     layer = IsoBN(D, bias_correction=True)
-    layer.load_state_dict(torch.load(file))
+    layer.load_state_dict(torch.load(run_of(2) / "two_ranks.pt"))
     alone = distributed_worker.Alone(fresh(D))
     for step in range(10):
         x = batch(10, D, seed=step)
