@@ -41,11 +41,10 @@ class NativeBackend(Backend):
         """The memory that a function of the extension needs besides its results."""
 
     def train_forward(self, x: Tensor, state: State, options: Options) -> tuple[Tensor, Tensor]:
-        running_cov, running_std, scale, num_batches_tracked = state
         N, D = x.shape
-        scale = torch.empty_like(running_std) if scale is None else scale
+        scale = torch.empty_like(state.running_std) if state.scale is None else state.scale
         out = torch.empty((N, D), dtype=x.dtype, device=x.device)
-        saved_scale = torch.empty_like(running_std)
+        saved_scale = torch.empty_like(scale)
         workspace = self._workspace(self.extension.TRAIN_FORWARD, N, D, x)
         self.extension.train_forward(
             x.data_ptr(),
@@ -53,9 +52,7 @@ class NativeBackend(Backend):
             *x.stride(),
             N,
             D,
-            running_cov.data_ptr(),
-            running_std.data_ptr(),
-            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+            *_addresses(state),
             scale.data_ptr(),
             saved_scale.data_ptr(),
             out.data_ptr(),
@@ -67,19 +64,16 @@ class NativeBackend(Backend):
         return out, saved_scale
 
     def compute_scale(self, state: State, options: Options) -> Tensor:
-        running_cov, running_std, _, num_batches_tracked = state
-        (D,) = running_std.shape
-        scale = torch.empty_like(running_std)
-        workspace = self._workspace(self.extension.COMPUTE_SCALE, 0, D, running_std)
+        scale = torch.empty_like(state.running_std)
+        (D,) = scale.shape
+        workspace = self._workspace(self.extension.COMPUTE_SCALE, 0, D, scale)
         self.extension.compute_scale(
-            self.dtypes[running_std.dtype],
+            self.dtypes[scale.dtype],
             D,
-            running_cov.data_ptr(),
-            running_std.data_ptr(),
-            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+            *_addresses(state),
             scale.data_ptr(),
             *options,
-            *self.processor(running_std),
+            *self.processor(scale),
             workspace.data_ptr(),
         )
         return scale
@@ -99,7 +93,6 @@ class NativeBackend(Backend):
         return out
 
     def train_backward(self, dout: Tensor, x: Tensor, state: State, options: Options) -> Tensor:
-        running_cov, running_std, _, num_batches_tracked = state
         N, D = x.shape
         dx = torch.empty((N, D), dtype=x.dtype, device=x.device)
         workspace = self._workspace(self.extension.TRAIN_BACKWARD, N, D, x)
@@ -111,9 +104,7 @@ class NativeBackend(Backend):
             *x.stride(),
             N,
             D,
-            running_cov.data_ptr(),
-            running_std.data_ptr(),
-            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
+            *_addresses(state),
             state.stored_scale.data_ptr(),
             dx.data_ptr(),
             *options,
@@ -121,3 +112,9 @@ class NativeBackend(Backend):
             workspace.data_ptr(),
         )
         return dx
+
+
+def _addresses(state: State) -> tuple[int, int, int]:
+    """running_cov, running_std and num_batches_tracked, where 0 stands for None."""
+    count = state.num_batches_tracked
+    return state.running_cov.data_ptr(), state.running_std.data_ptr(), 0 if count is None else count.data_ptr()
