@@ -16,6 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from isobn_kernels import IsoBN, isobn
+from isobn_kernels._torch_internals import group_named
+from isobn_kernels.backends import across_ranks
+from isobn_kernels.backends.across_ranks import AcrossRanks
 
 # torch.export itself still calls torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -38,8 +41,11 @@ def fresh_compiler():
 
 @pytest.fixture(scope="module")
 def one_rank():
+    """A group of one rank that takes the way of several: a group of one would take the step of no group."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(across_ranks, "across_ranks", lambda backend, name: AcrossRanks(backend, group_named(name)))
+        yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
 
 
