@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-# This import also teaches from_pretrained to load models with IsoBN: whoever loads one needs it too.
+# This import also teaches from_pretrained to load models with IsoBN: a script that loads one needs it too.
 from isobn_kernels.integrations.transformers import apply_isobn
 
 

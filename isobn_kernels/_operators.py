@@ -63,7 +63,7 @@ def compute_scale(state: State, options: Options, where: Where) -> Tensor:
 _LIBRARY = library("isobn_kernels", "functions")
 _STATE = "Tensor(a!) running_cov, Tensor(b!) running_std, Tensor(c!)? scale, Tensor(d!)? num_batches_tracked"
 # The backward writes to nothing. Inductor believes that it does, and keeps the call on a rank without rows: there the
-# result is empty, and a call whose result nobody reads is removed, all-reduces included.
+# result is empty, and a call whose result is not used is removed, all-reduces included.
 _COPY = "Tensor running_cov, Tensor running_std, Tensor scale, Tensor(a!)? num_batches_tracked"
 _REST = 'float momentum, float eps, float beta, bool bias_correction, str backend, str group=""'
 

@@ -11,18 +11,18 @@ from isobn_kernels.module import IsoBN
 
 
 def fold_isobn(model: nn.Module, into: Mapping[str, str] | None = None) -> nn.Module:
-    """Give the scale of every IsoBN to the linear layer behind it, in place: evaluation is the same, without IsoBN.
+    """Multiply the scale of every IsoBN into the linear layer after it, in place. Evaluation gives the same outputs.
 
-    The linear layer is found where IsoBN, dropout and the layer follow each other in a `torch.nn.Sequential`, and in
-    models made by `isobn_kernels.integrations.transformers.apply_isobn`, which become the library's own again. For
-    others, ``into`` names it. IsoBN leaves a `torch.nn.Identity` behind, so that other layers keep their names.
+    The linear layer is found in a `torch.nn.Sequential` of IsoBN, dropout and the layer, and in models made by
+    `isobn_kernels.integrations.transformers.apply_isobn`, which get their original class back. In other models, name
+    the layer in ``into``. A `torch.nn.Identity` replaces IsoBN, which keeps the names of the other layers.
 
-    The statistics are gone then, and further training goes on without them: fold a copy to keep both.
+    The statistics are removed, and further training runs without IsoBN. To keep both, fold a copy.
 
     Args:
         model: with trained statistics, in evaluation or training mode.
         into: names of IsoBN layers and of the `torch.nn.Linear` that takes their output, as in
-            ``{"isobn": "classifier"}``; nothing but dropout may lie between, and no one else may use that layer.
+            ``{"isobn": "classifier"}``. Only dropout may lie between them, and no other module may use that layer.
 
     Returns:
         ``model`` itself.

@@ -143,7 +143,7 @@ def _train_seen(x: Tensor, state: State, options: Options, where: Where, stop_gr
     check_negative_bit(state)
     operators = torch.ops.isobn_kernels
     if not is_transformed():
-        # Whether x requires grad does not matter: whoever captures this call may differentiate it later.
+        # Also if x does not require grad: a captured call may be differentiated later.
         operator = operators.train_forward if stop_gradient else operators.train_forward_through_statistics
         return operator(x, *state, *options, *where)[0]
     if stop_gradient:

@@ -347,7 +347,7 @@ class IsoBN(nn.Module):
         """The mark of `transformers` on a module whose weights it has initialised, where a checkpoint lacks them.
 
         The library knows batch norm by its class and fills its buffers before it sets the mark. For other modules the
-        model's author has to, or missing statistics are memory that nobody wrote: here the mark itself does it.
+        model's author has to, or missing statistics are uninitialised memory. Here setting the mark fills them.
         """
         return self.__dict__.get("_is_hf_initialized", False)
 

@@ -1,12 +1,13 @@
 """IsoBN inside the sequence classifiers of the `transformers` library.
 
-One insertion serves all families. A classifier of the library ends in dropout and a linear output layer; `apply_isobn`
-hangs IsoBN and that dropout before the output layer, so that the pooled, activated embedding goes through IsoBN first:
+One insertion serves all model families. A sequence classifier of the library ends in dropout and a linear output layer.
+`apply_isobn` moves this dropout into the output layer and puts IsoBN before it:
 
     pooled embedding -> IsoBN -> dropout -> output layer
 
-The table at the end says where each family keeps the two. Pretrained weights keep their names; the statistics are those
-of ``<output layer>.isobn``. A new output layer or dropout takes the place of the old one: `_keep_isobn` sees to that.
+The table at the end of this file lists both layers of each family. Pretrained weights keep their names. The statistics
+are the buffers of ``<output layer>.isobn``. If the user assigns a new output layer or dropout, `_keep_isobn` transfers
+IsoBN to it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ except ModuleNotFoundError as error:
 
 @dataclass(frozen=True)
 class _Family:
-    """Where a class of models keeps the end of its head; paths as for `torch.nn.Module.get_submodule`."""
+    """Paths to the last layers of a model class, as for `torch.nn.Module.get_submodule`."""
 
     output: str
     dropout: str
@@ -51,23 +52,23 @@ _WITH_ISOBN: dict[type, Any] = {}
 def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     """Put IsoBN between the pooled embedding of a sequence classifier and its dropout + output layer, in place.
 
-    The model becomes one of ``IsoBNBertForSequenceClassification`` or its like: a subclass of what it was, with a
-    model type of its own ("isobn-bert"), so that what it saves is never loaded without IsoBN by mistake. To load it,
-    import this module and call `AutoModelForSequenceClassification.from_pretrained` as usual; the class that it was
-    refuses to. Weights keep their names. Checkpoints of the Trainer hold the statistics; in half precision they stay
-    float32.
+    The class of the model changes to a subclass, such as ``IsoBNBertForSequenceClassification``. This subclass has its
+    own model type ("isobn-bert"), which prevents loading a saved model without IsoBN by mistake. To load a saved model,
+    import this module and call `AutoModelForSequenceClassification.from_pretrained`. The original class raises an
+    error. Weights keep their names. Checkpoints of the Trainer contain the statistics. In half precision the statistics
+    stay float32.
 
-    A new `torch.nn.Linear` for the output layer (``model.classifier = torch.nn.Linear(768, 5)``) keeps IsoBN and the
-    dropout, and a new dropout (``model.dropout = torch.nn.Dropout(0.3)``) acts behind IsoBN. Another kind of layer is
-    refused, unless it holds the IsoBN itself, as ``torch.nn.Sequential(model.classifier.isobn, ...)`` does. To go on
-    without IsoBN call `isobn_kernels.fold_isobn` first.
+    A new `torch.nn.Linear` for the output layer (``model.classifier = torch.nn.Linear(768, 5)``) takes over IsoBN and
+    the dropout. A new dropout (``model.dropout = torch.nn.Dropout(0.3)``) acts after IsoBN. Any other layer is refused,
+    unless it contains the IsoBN layer itself, as in ``torch.nn.Sequential(model.classifier.isobn, ...)``. To continue
+    without IsoBN, call `isobn_kernels.fold_isobn` first.
 
-    With PEFT, apply IsoBN first and wrap then. The statistics are saved with the classifier, which PEFT saves in full
-    for the task type SEQ_CLS, and otherwise with ``modules_to_save=["classifier"]``; name ``target_modules``, and leave
-    the output layer out of them, as its adapter would not see IsoBN. To load an adapter, make its base the same way:
-    ``PeftModel.from_pretrained(apply_isobn(base), adapter)``. Quantize a folded model: tools that replace linear layers
-    would take IsoBN out with the output layer. Over several processes, see `isobn_kernels.IsoBN.convert_sync_isobn`;
-    for serving, `isobn_kernels.fold_isobn`.
+    With PEFT, apply IsoBN before wrapping the model. The statistics are saved with the classifier. PEFT saves the
+    classifier in full for the task type SEQ_CLS, and otherwise with ``modules_to_save=["classifier"]``. Set
+    ``target_modules`` and leave the output layer out: its adapter would bypass IsoBN. To load an adapter, prepare its
+    base in the same way: ``PeftModel.from_pretrained(apply_isobn(base), adapter)``. Fold a model before quantizing it:
+    tools that replace linear layers would remove IsoBN with the output layer. For several processes, see
+    `isobn_kernels.IsoBN.convert_sync_isobn`; for serving, `isobn_kernels.fold_isobn`.
 
     Args:
         model: a sequence classifier of BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ELECTRA, DeBERTa-v2, ALBERT, MPNet or
@@ -80,8 +81,8 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
     Raises:
         TypeError: an option is not one of IsoBN's.
-        ValueError: the model is of another kind, or has IsoBN already, or an option is out of range. The model is
-            untouched.
+        ValueError: the class of the model is not known, the model already has IsoBN, or an option is out of range. The
+            model is unchanged.
 
     Example:
         >>> import torch
@@ -111,7 +112,7 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     isobn._is_hf_initialized = True
     model.__class__ = _WITH_ISOBN[type(model)]
     _give_config(model, model.config_class, options)
-    # It is no longer what it was loaded from, which PEFT would note as the base of an adapter.
+    # PEFT would record the original checkpoint as the base of an adapter.
     model.name_or_path = model.config._name_or_path = ""
     return model
 
@@ -119,10 +120,10 @@ def apply_isobn(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 def register_family(
     model_class: type[PreTrainedModel], *, output: str, dropout: str, dense: str | None = None
 ) -> type[PreTrainedModel]:
-    """Teach `apply_isobn` another class of models, whose head is dropout and then a linear output layer.
+    """Register another model class for `apply_isobn`. Its head must end in dropout and a linear output layer.
 
-    Call it where the model is made and where it is loaded, before either. A second call with the same arguments, as in
-    a notebook, changes nothing.
+    Call it before the model is created, and before it is loaded in another process. A second call with the same
+    arguments, as in a notebook, has no effect.
 
     Args:
         model_class: a subclass of `transformers.PreTrainedModel` with its ``config_class``.
@@ -228,7 +229,7 @@ class _MovedDropout(nn.Identity):
         super().__init__()
         self.__dict__["moved"] = dropout  # not as a module of this one: it acts elsewhere
 
-    # model.dropout.p = 0.3 does what it did.
+    # model.dropout.p = 0.3 still sets the rate.
     @property
     def p(self) -> float:
         return self.moved.p
@@ -322,8 +323,8 @@ def _insert(model: PreTrainedModel, family: _Family, options: dict[str, Any]) ->
                 "apply IsoBN before anything else is done to the model (quantization, device_map, offloading)"
             )
     isobn = IsoBN(output.in_features, device=output.weight.device, **options)
-    # Nothing is changed before all of it is there. The classes are swapped, so that parameters, their names and
-    # whatever is attached to the layers stay as they are; modules, unlike hooks, survive deepcopy and pickle.
+    # Everything is built first, then the model is changed. Only classes are swapped: parameters, their names and
+    # attributes of the layers stay. Modules, unlike hooks, survive deepcopy and pickle.
     model.set_submodule(family.dropout, _MovedDropout(dropout))
     for linear in linears:
         _become(linear, _DropoutLinear)
