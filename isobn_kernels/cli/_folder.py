@@ -1,7 +1,7 @@
-"""A folder that holds the results of one command: what is in it, whose it is, and who is at work there.
+"""A folder for the results of one command, with a manifest of its files and a lock.
 
-It knows nothing about what the results are. `ResultsFolder` writes the files, and lists each with a hash of its content
-in a manifest. Only a listed file whose content is the listed one is ever replaced or removed: any other is the user's.
+`ResultsFolder` writes files of any kind. It lists each of them in the manifest, with a hash of the content. A file is
+replaced or removed only if it is listed and its content matches the hash. All other files belong to the user.
 """
 
 from __future__ import annotations
@@ -24,34 +24,33 @@ from isobn_kernels.cli._errors import CommandError
 _MANIFEST = "isobn-manifest.json"
 _LOCK = "isobn-manifest.lock"
 _MADE_BY = "isobn_kernels"
-# What the Trainer writes while at work, listed once it is whole. A folder of that name elsewhere is the user's.
+# Files that the Trainer writes, listed once they are complete. A folder of this name elsewhere belongs to the user.
 _SCRATCH = re.compile(r"runs/[^/]+/checkpoint-\d+/.")
 
 
 class ResultsFolder:
-    """The results of one command in ``path``. Names within it are relative to it, with "/" between their parts.
+    """The results of one command in ``path``. Names are relative to ``path``, with "/" between their parts.
 
-    A command takes the names that it is going to use with `claim`: files or whole folders, none of which may be there
-    unless an earlier command made it. Everything that is written is whole or not there at all, whenever the process
-    is killed, and the manifest knows of it.
+    A command reserves the names of its files and folders with `claim`. None of them may exist, unless an earlier
+    command made it. Each write is atomic and recorded in the manifest, even if the process is killed.
 
-    Every method but `locked` needs the lock. Every method raises CommandError where the folder cannot be written.
+    Every method but `locked` needs the lock. Every method raises CommandError if the folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.identity: dict[str, Any] | None = None  # what the results depend on; None where there are none
+        self.identity: dict[str, Any] | None = None  # what the results depend on; None without results
         self.notes: dict[str, str] = {}
         self._claimed: list[str] = []
-        self._writing: list[str] = []  # what a process that was killed may have left half done
+        self._writing: list[str] = []  # names that a killed process may have left incomplete
         # Name of a file and the hashes that it may have: two while it is being replaced.
         self._files: dict[str, list[str]] = {}
         self._lock: FileLock | None = None
 
     def locked(self) -> bool:
-        """Make the folder, lock it and read its manifest; False where another process has the lock.
+        """Make the folder, lock it and read its manifest. Returns False if another process has the lock.
 
-        The lock is the system's: it goes with the process that holds it, however that ends.
+        The operating system releases the lock when its process ends, in whatever way.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -78,13 +77,13 @@ class ResultsFolder:
         return True
 
     def unlock(self) -> None:
-        """Let other commands work here; nothing where there is no lock."""
+        """Release the lock, if this process has it."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def differences(self, identity: dict[str, Any]) -> list[str]:
-        """In words, how the results here differ from those of a command with this identity."""
+        """The differences between the identity of these results and another one, in words."""
         earlier = self.identity or {}
         differ = [name for name in {**earlier, **identity} if earlier.get(name) != identity.get(name)]
         return [
@@ -95,7 +94,7 @@ class ResultsFolder:
         ]
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise CommandError unless these names are free or ours, and all that is ours is as it was written."""
+        """Raise CommandError unless these names are free or ours, and all our files are unchanged."""
         foreign = []
         for name in names:
             for folder in Path(name).parents[:-1]:
@@ -103,7 +102,7 @@ class ResultsFolder:
                     foreign.append(f"{folder} is no folder")
             if name not in self._claimed:
                 foreign += [
-                    f"{other} is there and no result of this command"
+                    f"{other} exists and is not a result of this command"
                     for other in (name, _part(name), _old(name))
                     if os.path.lexists(self.path / other)
                 ]
@@ -120,7 +119,7 @@ class ResultsFolder:
     def start(
         self, identity: dict[str, Any], names: Iterable[str], notes: dict[str, str], keep: Collection[str] = ()
     ) -> None:
-        """Remove all results but those under the names in ``keep``, and begin anew with these names; `check` first."""
+        """Remove all results except those under the names in ``keep``, and claim these names. Call `check` first."""
         with self._in_words():
             for name in [name for name in self._claimed if name not in keep]:
                 self._remove(name)
@@ -129,7 +128,7 @@ class ResultsFolder:
         self.claim(names)
 
     def claim(self, names: Iterable[str]) -> None:
-        """Take names for files or folders to come; `check` first."""
+        """Reserve names for files or folders. Call `check` first."""
         self._claimed = list(dict.fromkeys([*self._claimed, *names]))
         self._save()
 
@@ -139,19 +138,19 @@ class ResultsFolder:
         return next((x for x in self._claimed if place.is_relative_to(os.path.realpath(self.path / x))), None)
 
     def find(self, pattern: str) -> list[str]:
-        """The names of the files that are listed and there, by a pattern of `fnmatch`."""
+        """Names of the listed files that exist, by a pattern of `fnmatch`."""
         return [name for name in self._files if fnmatch.fnmatch(name, pattern) and (self.path / name).is_file()]
 
     def whole(self, name: str) -> bool:
-        """Whether anything is listed under this name, and all of it is there."""
+        """Whether files are listed under this name and all of them exist."""
         files = self._listed(name)
         return bool(files) and all((self.path / file).is_file() for file in files)
 
     def write(self, name: str, fill: Callable[[Path], Any]) -> None:
-        """Make or replace the file or folder ``name``, which ``fill`` writes at the path that it is given.
+        """Make or replace the file or folder ``name``. ``fill`` gets a path and writes there.
 
         Raises:
-            CommandError: someone else has changed what is there since it was written.
+            CommandError: a file under this name was changed after it was written.
         """
         place, part, old = (self.path / other for other in (name, _part(name), _old(name)))
         with self._in_words():
@@ -164,13 +163,13 @@ class ResultsFolder:
                 fill(part)
             except CommandError:
                 raise
-            except Exception as error:  # of a full disk, libraries tell in exceptions of their own
+            except Exception as error:  # libraries report a full disk by exceptions of their own
                 _delete(part)
                 raise CommandError(f"--output {self.path}: {name} cannot be written ({error})") from error
             self._refuse_foreign(name)  # while this was being written, too
             before = self._listed(name)
             new = {name + file: content_hash(part / file.lstrip("/")) for file in _files_in(part)}
-            # Known before it is there: a process that is killed here leaves nothing that looks like someone else's.
+            # List the new files before they exist: if the process is killed here, they are still known as ours.
             for file, content in new.items():
                 self._files[file] = [*self._files.get(file, []), content]
             self._save()
@@ -192,14 +191,14 @@ class ResultsFolder:
         self._save()
 
     def remove(self, name: str) -> None:
-        """Remove what is listed under ``name``, and no more."""
+        """Remove the listed files under ``name``, and only these."""
         with self._in_words():
             self._remove(name)
         self._save()
 
     def _remove(self, name: str) -> None:
         listed = self._listed(name)
-        # What was cut short while it was written has the names of what is whole.
+        # An interrupted checkpoint has files of the same names as a complete one.
         scratch = {Path(file).name for file in self._files if _SCRATCH.match(file)}
         for file in _files_in(self.path / name):
             whole, place = name + file, self.path / (name + file)
@@ -213,14 +212,14 @@ class ResultsFolder:
             self._files.pop(file)
 
     def _discard_old(self, name: str) -> None:
-        """Remove what was replaced: the listed files of it, as a user may have put others there."""
+        """Remove the listed files of the replaced folder. A user may have put other files there."""
         old = self.path / _old(name)
         for file in self._listed(name):
             (old / file[len(name) + 1 :] if file != name else old).unlink(missing_ok=True)
         _remove_empty(old)
 
     def _is_ours(self, file: str) -> bool:
-        """Whether a listed file is as it was written."""
+        """Whether a listed file is unchanged."""
         place = self.path / file
         return not place.is_symlink() and content_hash(place) in self._files[file]
 
@@ -228,14 +227,14 @@ class ResultsFolder:
         return [file for file in self._files if file == name or file.startswith(f"{name}/")]
 
     def _foreign(self, name: str) -> list[str]:
-        """What is under ``name`` and is not as it was written."""
+        """Files under ``name`` that are not listed, or changed after they were written; in words."""
         found = []
         for file in _files_in(self.path / name):
             if name + file not in self._files:
                 if not _SCRATCH.match(name + file):
-                    found.append(f"{name + file} is there and no result of this command")
+                    found.append(f"{name + file} exists and is not a result of this command")
             elif not self._is_ours(name + file):
-                found.append(f"{name + file} is not as this command wrote it")
+                found.append(f"{name + file} has changed since this command wrote it")
         return found
 
     def _refuse_foreign(self, name: str) -> None:
@@ -247,7 +246,7 @@ class ResultsFolder:
             )
 
     def _recover(self) -> None:
-        """Undo what a process that was killed had begun."""
+        """Undo the incomplete writes of a killed process."""
         _delete(self.path / _part(_MANIFEST))
         for name in dict.fromkeys([*self._claimed, *self._writing]):
             if not os.path.lexists(self.path / name) and os.path.lexists(self.path / _old(name)):
@@ -310,7 +309,7 @@ _HASH = "sha256:"
 
 
 def content_hash(data: Path | Iterable[Any]) -> str:
-    """A hash of a file, or of a series of bytes or their like."""
+    """A hash of a file, or of a series of bytes-like objects."""
     digest = hashlib.sha256()
     if isinstance(data, Path):
         with data.open("rb") as file:
@@ -323,19 +322,19 @@ def content_hash(data: Path | Iterable[Any]) -> str:
 
 
 def _part(name: str) -> str:
-    """What is being written: a name that nobody else would take, with the ending that tells libraries the format."""
+    """The name of an incomplete file. It keeps the suffix, by which libraries choose the format."""
     path = Path(name)
     return path.with_name(f".{path.stem}.isobn-part{path.suffix}").as_posix()
 
 
 def _old(name: str) -> str:
-    """What is being replaced."""
+    """The name of a file or folder that is being replaced."""
     path = Path(name)
     return path.with_name(f".{path.stem}.isobn-old{path.suffix}").as_posix()
 
 
 def _files_in(path: Path) -> list[str]:
-    """Endings that, put behind ``path``, name each file in it, links among them: [""] where it is a file itself."""
+    """Paths of all files and links in a folder, as suffixes of ``path``; [""] if ``path`` is a file."""
     if os.path.islink(path) or os.path.isfile(path):
         return [""]
     found = []
@@ -346,14 +345,14 @@ def _files_in(path: Path) -> list[str]:
 
 
 def _inside(name: Any) -> str:
-    """The name, if it is one of this folder."""
+    """The name, if it lies within the folder."""
     if not isinstance(name, str) or name.startswith("/") or ".." in Path(name).parts or not Path(name).parts:
         raise ValueError(f"{name!r} is no name within this folder")
     return name
 
 
 def _delete(path: Path) -> None:
-    """Delete a file or folder of a name that nobody else would take."""
+    """Delete a file or folder of our own, by one of the names above."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -361,7 +360,7 @@ def _delete(path: Path) -> None:
 
 
 def _remove_empty(path: Path) -> None:
-    """Remove a folder and those in it, as far as there is nothing in them."""
+    """Remove the empty folders in a folder, and the folder itself if it is then empty."""
     if not path.is_dir() or path.is_symlink():
         return
     for folder, _, _ in os.walk(path, topdown=False):

@@ -84,6 +84,6 @@ def _write(path: Path, headlines: list[tuple[str, str]]) -> None:
         raise CommandError(f"--output {path.parent}: {path.name} cannot be written or read ({error})") from error
     if not same:
         raise CommandError(
-            f"--output {path.parent}: {path.name} is there and not what this command writes; move it away, or give "
+            f"--output {path.parent}: {path.name} exists and was not written by this command; move it away, or give "
             "another --output"
         )

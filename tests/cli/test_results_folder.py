@@ -98,7 +98,7 @@ def test_what_is_not_listed_is_in_the_way(tmp_path: Path, mine: str, kind: str) 
     else:
         place.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nothing"))
     folder = opened(tmp_path / "out")
-    with pytest.raises(CommandError, match="no folder" if mine == "runs" else "is there and no result"):
+    with pytest.raises(CommandError, match="no folder" if mine == "runs" else "exists and is not a result"):
         folder.check(NAMES)
     assert place.is_symlink() or place.read_text() == "mine"
     assert (tmp_path / "elsewhere").read_text() == "mine"
@@ -107,12 +107,12 @@ def test_what_is_not_listed_is_in_the_way(tmp_path: Path, mine: str, kind: str) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("table.md", "table.md is not as this command wrote it"),
-        ("model/weights.bin", "model/weights.bin is not as this command wrote it"),
-        ("model/README.md", "model/README.md is there and no result"),
-        ("runs/a/run.json", "runs/a/run.json is not as this command wrote it"),
-        ("runs/a/notes", "runs/a/notes is there and no result"),
-        ("runs/a/checkpoint-4/weights.bin", "checkpoint-4/weights.bin is not as this command wrote it"),
+        ("table.md", "table.md has changed since this command wrote it"),
+        ("model/weights.bin", "model/weights.bin has changed since this command wrote it"),
+        ("model/README.md", "model/README.md exists and is not a result"),
+        ("runs/a/run.json", "runs/a/run.json has changed since this command wrote it"),
+        ("runs/a/notes", "runs/a/notes exists and is not a result"),
+        ("runs/a/checkpoint-4/weights.bin", "checkpoint-4/weights.bin has changed since this command wrote it"),
     ],
 )
 def test_what_the_user_changed_or_added_is_theirs(results: Path, name: str, message: str) -> None:
@@ -128,7 +128,7 @@ def test_a_link_in_place_of_a_result_is_the_users(results: Path, tmp_path: Path,
     """As after moving results to a larger disk: what it points to is not written over."""
     (results / name).rename(tmp_path / "elsewhere")
     (results / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CommandError, match=f"{name} is (not as|there and no result)"):
+    with pytest.raises(CommandError, match=f"{name} (has changed|exists and is not a result)"):
         opened(results).check(NAMES)
 
 
@@ -222,7 +222,7 @@ def test_a_manifest_that_cannot_be_read(results: Path, text: str) -> None:
     assert contents(results) == before
     assert manifest.read_bytes() == made
     manifest.unlink()
-    with pytest.raises(CommandError, match="no result of this command"):  # nobody knows now whose they are
+    with pytest.raises(CommandError, match="not a result of this command"):  # nobody knows now whose they are
         opened(results).check(NAMES)
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_the_user_stays(results: Path, name: str) -> None:
     """Only what lies in runs/NAME/checkpoint-NUMBER is the Trainer's: training goes on in a saved model, too."""
     (results / name).parent.mkdir(parents=True)
     (results / name).write_text("mine")
-    with pytest.raises(CommandError, match="is there and no result"):
+    with pytest.raises(CommandError, match="exists and is not a result"):
         opened(results).check(NAMES)
     opened(results).remove(name.split("/checkpoint")[0])
     assert (results / name).read_text() == "mine"
