@@ -90,7 +90,7 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_for("ranks", __doc__)
+    parser = parser_for("benchmarks ranks", __doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of each pair (default {ROUNDS})")
     args = parser.parse_args(argv)
     watch = results.Watch()

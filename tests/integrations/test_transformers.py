@@ -358,7 +358,7 @@ def test_resumed_trainer_equals_an_uninterrupted_one(family: str, tmp_path: Path
 def test_killed_trainer_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {sys.path!r}
 import torch
 torch.set_num_threads(1)
 from transformers import TrainerCallback
@@ -653,7 +653,7 @@ def test_reloaded_and_imported_anew(tmp_path: Path) -> None:
     """A model made before still runs and is saved; new ones are made, loaded and given new layers."""
     code = f"""
 import importlib, sys, torch, transformers
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {sys.path!r}
 import isobn_kernels.integrations.transformers as integration
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)

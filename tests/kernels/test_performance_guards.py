@@ -40,11 +40,11 @@ def counts(layer, batch, backward):
 # backend, training, gradient, rows: operations and allocations. The largest batches take a Function of their own.
 COSTS = [
     ("cpu", True, False, N, 3, 3),  # out, the scale for backward, workspace
-    ("cpu", True, True, N, 7, 5),
+    ("cpu", True, True, N, 6, 5),
     ("cpu", True, True, 1024, 4, 4),
-    ("cpu", False, False, N, 2, 1),
-    ("cpu", False, True, N, 4, 3),
-    ("reference", False, False, N, 2, 1),
+    ("cpu", False, False, N, 1, 1),
+    ("cpu", False, True, N, 3, 3),
+    ("reference", False, False, N, 1, 1),
 ]
 
 
