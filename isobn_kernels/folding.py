@@ -79,7 +79,7 @@ def fold_isobn(model: nn.Module, into: Mapping[str, str] | None = None) -> nn.Mo
 
 
 def check_foldable(model: nn.Module, isobn: IsoBN, linear: nn.Linear, target: str) -> None:
-    """Raise where multiplying the weight would not do what ``isobn`` does, or would do it to others too."""
+    """Raise if scaling the weight would differ from applying ``isobn``, or would affect other layers."""
     if type(isobn).forward is not IsoBN.forward or isobn._forward_hooks or isobn._forward_pre_hooks:
         raise ValueError(f"the IsoBN before {target!r} has hooks or a forward of its own, which folding would lose")
     weight = linear._parameters.get("weight")
@@ -104,7 +104,7 @@ def fold_scale(isobn: IsoBN, linear: nn.Linear) -> None:
 
 
 def _fold(model: nn.Module, isobn: IsoBN, linear: nn.Module | None, target: str) -> Callable[[], None]:
-    """The step that folds ``isobn`` into ``linear``, checked now."""
+    """Check the arguments, and return the function that folds ``isobn`` into ``linear``."""
     if not isinstance(linear, nn.Linear) or linear.in_features != isobn.num_features:
         raise ValueError(
             f"{target!r} must be a torch.nn.Linear with in_features={isobn.num_features}, as IsoBN, got {_kind(linear)}"

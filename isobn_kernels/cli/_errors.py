@@ -1,4 +1,4 @@
-"""What a command says when it cannot do what was asked."""
+"""Errors of the commands, shown without a traceback."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def require_extra(extra: str, modules: tuple[str, ...]) -> None:
 
 
 def missing_modules(modules: tuple[str, ...]) -> list[str]:
-    """Those of ``modules`` that cannot be imported; none is imported, but for the packages that they are in."""
+    """The names in ``modules`` that cannot be imported. Only their parent packages are imported here."""
     return [module for module in modules if not _is_installed(module)]
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it is in is not there either
+    except ModuleNotFoundError:  # its parent package is missing too
         return False

@@ -20,19 +20,19 @@ except ModuleNotFoundError as error:
 
 
 class IsoBNModule(Module):
-    """IsoBN of the sentence embedding; a module of `SentenceTransformer` to stand behind Pooling.
+    """IsoBN for the sentence embedding: a module of `SentenceTransformer`, placed after Pooling.
 
-    Put it before Normalize: on embeddings of length 1 it has less to mend, and behind it they are not of length 1. The
-    layer itself, with the statistics, is ``model[2].isobn`` where this module is the third. In half precision the
-    statistics stay float32.
+    Place it before Normalize. Embeddings of unit length leave less to correct, and scaling after Normalize would undo
+    the unit length. If this module is the third, ``model[2].isobn`` is the layer with the statistics. In half precision
+    the statistics stay float32.
 
     ``model.save_pretrained(path)`` saves the statistics and the options. sentence-transformers 6 loads modules of other
     packages, this one among them, only with ``SentenceTransformer(path, trust_remote_code=True)``, from a local folder
     too. Checkpoints of the trainer need no such argument.
 
     Each forward in training counts as one update. A loss that compares pairs makes two forwards a step, one of the
-    anchors and one of the positives, so ``num_batches_tracked`` grows by two; with the same ``momentum`` the averages
-    reach half as many steps back. Both kinds of texts share the statistics.
+    anchors and one of the positives: ``num_batches_tracked`` grows by two. With the same ``momentum`` the averages
+    then cover half as many steps. Anchors and positives share the statistics.
 
     Losses with a cache (``CachedMultipleNegativesRankingLoss``) count each of their mini-batches, and compute the
     gradient with the newest scale for all mini-batches of a step. Losses that embed with earlier layers of the encoder

@@ -3,8 +3,8 @@
 All are computed in float64 from the centred matrix ``y = x - mean_n(x)`` and its covariance ``C = y^T y / N``. The
 first two change when features are scaled; correlations do not, so IsoBN itself leaves the third as it is.
 
-``x`` is what holds the rows: a tensor of any dtype and device, which may require grad; a NumPy array, as
-``SentenceTransformer.encode`` gives; or a list of rows.
+``x`` is a tensor of any dtype and device (it may require grad), a NumPy array, such as the result of
+``SentenceTransformer.encode``, or a list of rows.
 """
 
 from __future__ import annotations
