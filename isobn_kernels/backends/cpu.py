@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from isobn_kernels.backends.base import NextState
-from isobn_kernels.backends.native import NativeBackend, note_writes
+from isobn_kernels.backends.native import NativeBackend, addresses, note_writes
 from isobn_kernels.state import Options, State
 
 
@@ -65,18 +65,15 @@ class CpuBackend(NativeBackend):
 
     def next_state(self, gram: Tensor, sums: Tensor, state: State, options: Options) -> NextState:
         """The covariance is its upper triangle here, in the memory of ``gram``."""
-        running_cov, running_std, scale, num_batches_tracked = state
-        (D,) = running_std.shape
-        scale_and_std = torch.empty((2, D), dtype=running_std.dtype)
-        workspace = self._workspace(self.extension.TRAIN_FORWARD, 0, D, running_std)
+        (D,) = state.running_std.shape
+        scale_and_std = torch.empty((2, D), dtype=gram.dtype)
+        workspace = self._workspace(self.extension.TRAIN_FORWARD, 0, D, gram)
         self.extension.next_state(
-            self.dtypes[running_std.dtype],
+            self.dtypes[gram.dtype],
             D,
             sums.data_ptr(),
-            running_cov.data_ptr(),
-            running_std.data_ptr(),
-            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
+            *addresses(state),
+            0 if state.scale is None else state.scale.data_ptr(),
             gram.data_ptr(),
             scale_and_std.data_ptr(),
             *options,
@@ -86,17 +83,14 @@ class CpuBackend(NativeBackend):
         return NextState(gram, scale_and_std)
 
     def write_state(self, state: State, after: NextState, sums: Tensor) -> None:
-        running_cov, running_std, scale, num_batches_tracked = state
         self.extension.write_state(
-            self.dtypes[running_std.dtype],
-            running_std.shape[0],
+            self.dtypes[state.running_std.dtype],
+            state.running_std.shape[0],
             sums.data_ptr(),
             after.covariance.data_ptr(),
             after.scale_and_std.data_ptr(),
-            running_cov.data_ptr(),
-            running_std.data_ptr(),
-            0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-            0 if scale is None else scale.data_ptr(),
+            *addresses(state),
+            0 if state.scale is None else state.scale.data_ptr(),
             *self.processor(sums),
         )
         note_writes(state)

@@ -52,7 +52,7 @@ class NativeBackend(Backend):
             *x.stride(),
             N,
             D,
-            *_addresses(state),
+            *addresses(state),
             scale.data_ptr(),
             saved_scale.data_ptr(),
             out.data_ptr(),
@@ -70,7 +70,7 @@ class NativeBackend(Backend):
         self.extension.compute_scale(
             self.dtypes[scale.dtype],
             D,
-            *_addresses(state),
+            *addresses(state),
             scale.data_ptr(),
             *options,
             *self.processor(scale),
@@ -104,7 +104,7 @@ class NativeBackend(Backend):
             *x.stride(),
             N,
             D,
-            *_addresses(state),
+            *addresses(state),
             state.stored_scale.data_ptr(),
             dx.data_ptr(),
             *options,
@@ -114,7 +114,7 @@ class NativeBackend(Backend):
         return dx
 
 
-def _addresses(state: State) -> tuple[int, int, int]:
+def addresses(state: State) -> tuple[int, int, int]:
     """running_cov, running_std and num_batches_tracked, where 0 stands for None."""
     count = state.num_batches_tracked
     return state.running_cov.data_ptr(), state.running_std.data_ptr(), 0 if count is None else count.data_ptr()

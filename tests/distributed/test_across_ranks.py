@@ -153,7 +153,7 @@ def test_a_state_without_scale_and_counter(case):
 def test_bits_do_not_depend_on_threads(case, threads):
     backend = backends.load(case.backend)
     if backend.name == "reference":
-        pytest.skip("reference: the BLAS library adds up as it likes")
+        pytest.skip("reference: its bits are promised at a fixed number of threads only")
     x = batch(70, 300).to(case.device)
     found = []
     for count in (1, 2, 5):
